@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -175,3 +176,36 @@ def save(model: MDLM, path: str | os.PathLike) -> None:
     config = {"model_type": "mdlm", **asdict(model.config)}
     (folder / "config.json.part").write_text(json.dumps(config, indent=1))
     os.replace(folder / "config.json.part", folder / "config.json")
+
+
+# --- folders: loading ---------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[MDLM, ModelConfig]:
+    """Model (in eval mode) and config of a folder written by `save`; dtype None keeps the stored one.
+
+    Raises ValueError, one line naming the file, when the folder is incomplete or damaged.
+    """
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); give a folder written by mdlm.save") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); fetch or write the file again") from None
+    if raw.pop("model_type", None) != "mdlm":
+        raise ValueError(f"{file}: model_type is not 'mdlm'")
+    raw["eos_id"] = tuple(raw["eos_id"]) if isinstance(raw["eos_id"], list) else raw["eos_id"]
+    config = ModelConfig(**raw)
+    with torch.device("meta"):
+        model = MDLM(config)
+    weights = Path(path) / "model.safetensors"
+    try:
+        with safe_open(weights, framework="pt", device=str(device)) as shard:
+            state = {name: shard.get_tensor(name) for name in shard.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{weights}: cannot be read ({error}); fetch or write the file again") from None
+    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    return model.eval(), config
