@@ -3,7 +3,7 @@
 The model is a bidirectional transformer (RMSNorm, SwiGLU, rotary positions, optional grouped-query
 attention and q/k/v biases) that predicts every masked token of a sequence at once. `MDLM` is a
 `tie.Denoiser`: it gives logits at chosen positions only, and `logits[b, k]` is the distribution of
-the token AT `positions[b, k]`.
+the token AT `positions[b, k]`. `load` reads a folder of any of the three, `load_codec` its tokenizer.
 
 Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H heads, G key/value heads, E head size.
 """
@@ -11,25 +11,32 @@ Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H h
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor, nn
-
 
 # --- the model ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and habits of one model; the last three fields are what tells the LLaDA and Dream families apart."""
+    """Shape and habits of one model; the last four fields are what tells the LLaDA and Dream families apart.
+
+    Raises ValueError, naming the field, for sizes that do not fit together and ids outside the vocabulary.
+    """
 
     vocab_size: int
     width: int  # D
@@ -48,6 +55,24 @@ class ModelConfig:
     count_padding: bool = False  # a left pad takes a position number (LLaDA), or does not (Dream, toy)
     shift: bool = False  # the output at i-1 is the distribution of token i (Dream)
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "hidden", "max_length"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        for name in ("norm_eps", "rope_theta"):
+            if type(value := getattr(self, name)) not in (int, float) or value <= 0:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if self.width % (2 * self.heads):  # rotary positions turn pairs
+            raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
+        ends = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        for name, value in [("mask_id", self.mask_id), ("pad_id", self.pad_id), *(("eos_id", end) for end in ends)]:
+            if type(value) is not int or not 0 <= value < self.vocab_size:
+                raise ValueError(f"{name} {value!r} lies outside the vocabulary of {self.vocab_size}")
+        if self.mask_id in (*ends, self.pad_id):
+            raise ValueError(f"mask_id {self.mask_id} is also eos_id or pad_id; the mask needs an id of its own")
+
 
 class RMSNorm(nn.Module):
     """Normalised in float32, cast back to the model's dtype, then scaled, as both families do."""
@@ -58,15 +83,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_size: int, theta: float) -> Tensor:
     """Angles (B, 1, L, E) of rotary positions (B, L), in float32; the two halves of E turn together."""
-    exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size  # (E/2,)
-    angles = positions[:, None, :, None].float() / theta**exponent  # (B, 1, L, E/2)
+    frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=positions.device).float() / head_size)  # (E/2,)
+    angles = positions[:, None, :, None].float() * frequency  # (B, 1, L, E/2)
     return torch.cat([angles, angles], dim=-1)
 
 
@@ -94,14 +117,18 @@ class Block(nn.Module):
         self.up = nn.Linear(c.width, c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, chosen: Tensor | None) -> Tensor:
+        """x (B, L, D) -> (B, L, D), or (B, K, D) at the positions `chosen` (B, K) alone, which still see all others."""
         y = self.attn_norm(x)
-        q = rotate(rearrange(self.q(y), "b l (h e) -> b h l e", h=self.heads), cos, sin)
         k = rotate(rearrange(self.k(y), "b l (g e) -> b g l e", g=self.kv_heads), cos, sin)
         v = rearrange(self.v(y), "b l (g e) -> b g l e", g=self.kv_heads)
         k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (B, H, L, E), scale 1 / sqrt(E)
-        x = x + self.o(rearrange(y, "b h l e -> b l (h e)"))
+        if chosen is not None:
+            x, y = (z.take_along_dim(chosen[:, :, None], 1) for z in (x, y))  # (B, K, D)
+            cos, sin = (z.take_along_dim(chosen[:, None, :, None], 2) for z in (cos, sin))  # (B, 1, K, E)
+        q = rotate(rearrange(self.q(y), "b k (h e) -> b h k e", h=self.heads), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (B, H, K, E), scale 1 / sqrt(E)
+        x = x + self.o(rearrange(y, "b h k e -> b k (h e)"))
         y = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
@@ -120,23 +147,30 @@ class MDLM(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, K, V) of the tokens at `positions` (B, K), or (B, L, V) at all when None.
 
-        tokens (B, L) int64; attention_mask (B, L) bool, False on padding: padding is never attended to.
+        tokens (B, L) int64; attention_mask (B, L) bool, False on padding: padding is never attended to, and
+        logits at padding mean nothing. Raises ValueError for more positions than the config's max_length.
         """
         c = self.config
+        if tokens.shape[1] > c.max_length:
+            raise ValueError(f"{tokens.shape[1]} positions exceed the model's max_length of {c.max_length}")
         x = self.embed(tokens)  # (B, L, D)
         angles = rotary_angles(self._position_numbers(tokens, attention_mask), c.width // c.heads, c.rope_theta)
         dtype = torch.float32 if c.rope_float32 else x.dtype
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # (B or 1, 1, L, E)
         # Dream's own code also hides real keys from padded queries; no real position can see the difference.
         visible = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, L)
-        for block in self.layers:
-            x = block(x, cos, sin, visible)
+        chosen = self._outputs_of(tokens, positions, attention_mask) if c.shift else positions
+        for block in self.layers[:-1]:
+            x = block(x, cos, sin, visible, None)
+        x = self.layers[-1](x, cos, sin, visible, chosen)  # (B, K, D): nothing after reads other positions
+        return self.head(self.norm(x))
+
+    def _outputs_of(self, tokens: Tensor, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Under the shift the output at i-1 speaks of position i; the first real position of a row keeps its own."""
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        if c.shift:
-            positions = (positions - 1).clamp(min=0)  # position 0 keeps its own output
-        x = x.gather(1, positions[..., None].expand(-1, -1, c.width))  # (B, K, D)
-        return self.head(self.norm(x))
+        before = (positions - 1).clamp(min=0)  # (B, K)
+        return before if attention_mask is None else torch.where(attention_mask.gather(1, before), before, positions)
 
     def _position_numbers(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is None or self.config.count_padding:
@@ -147,7 +181,7 @@ class MDLM(nn.Module):
 # --- the training loss --------------------------------------------------------------------------
 
 
-def diffusion_loss(model: nn.Module, tokens: Tensor, editable: Tensor, generator: torch.Generator) -> Tensor:
+def diffusion_loss(model: MDLM, tokens: Tensor, editable: Tensor, generator: torch.Generator) -> Tensor:
     """Negative ELBO of Eq. 4 with the linear schedule, nats a sequence, mean over the batch.
 
     tokens (B, L) int64; editable (B, L) bool: the positions that may be masked (prompt and suffix are not).
@@ -157,14 +191,70 @@ def diffusion_loss(model: nn.Module, tokens: Tensor, editable: Tensor, generator
     B = tokens.shape[0]
     offset = torch.rand(1, generator=generator, device=tokens.device)
     t = 1 - (offset + torch.arange(B, device=tokens.device) / B) % 1  # (B,)
-    t = t.clamp(min=1e-3)[:, None]  # (B, 1); below, 1 / t would let single draws drown a batch
+    t = t.clamp(min=1e-3)[:, None]  # (B, 1); below, 1 / t would let single draws drown a batch; bias below 1e-5
     masked = editable & (torch.rand(tokens.shape, generator=generator, device=tokens.device) < t)  # (B, L)
     logits = model(tokens.masked_fill(masked, model.config.mask_id))  # (B, L, V)
     cost = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")  # (B, L)
     return (cost * masked / t).sum() / B
 
 
-# --- folders: saving ----------------------------------------------------------------------------
+# --- families -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family's folder maps to MDLM and to its codec."""
+
+    fields: dict[str, str]  # field of ModelConfig -> its key in config.json
+    habits: dict[str, bool]  # fields of ModelConfig that the family fixes
+    flags: dict[str, tuple]  # key of config.json -> the values with which MDLM is that model; None is absent
+    names: dict[str, str]  # part of a tensor's name here -> there; parts not listed are the same
+    ends: tuple[str, ...] = ()  # special tokens that end an answer
+    template: str = ""  # chat template of one question
+
+
+_OFF = (None, False)
+FAMILIES = {
+    "mdlm": Family(fields={f.name: f.name for f in fields(ModelConfig)}, habits={}, flags={}, names={}),
+    "llada": Family(
+        fields={"vocab_size": "vocab_size", "width": "d_model", "layers": "n_layers", "heads": "n_heads",
+                "kv_heads": "n_kv_heads", "hidden": "mlp_hidden_size", "max_length": "max_sequence_length",
+                "mask_id": "mask_token_id", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
+                "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_float32": "rope_full_precision"},
+        habits={"count_padding": True},
+        flags={"block_type": ("llama",), "activation_type": ("silu",), "include_bias": (False,), "rope": (True,),
+               "layer_norm_type": ("rms",), "layer_norm_with_affine": (True,), "bias_for_layer_norm": _OFF,
+               "include_qkv_bias": (False,), "attention_layer_norm": _OFF, "multi_query_attention": _OFF,
+               "input_emb_norm": _OFF, "weight_tying": (False,), "scale_logits": _OFF, "alibi": _OFF,
+               "block_group_size": (None, 1), "clip_qkv": (None,), "rope_scaling": (None,)},
+        names={"embed": "model.transformer.wte", "layers": "model.transformer.blocks", "attn_norm": "attn_norm",
+               "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out", "mlp_norm": "ff_norm",
+               "gate": "ff_proj", "up": "up_proj", "down": "ff_out", "norm": "model.transformer.ln_f",
+               "head": "model.transformer.ff_out"},
+        ends=("<|endoftext|>", "<|eot_id|>"),
+        template="<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{trimmed}<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "Dream": Family(
+        fields={"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+                "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "hidden": "intermediate_size",
+                "max_length": "max_position_embeddings", "mask_id": "mask_token_id", "eos_id": "eos_token_id",
+                "pad_id": "pad_token_id", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"},
+        habits={"qkv_bias": True, "rope_float32": False, "shift": True},
+        flags={"hidden_act": ("silu",), "rope_scaling": (None,), "use_mrope": _OFF, "use_sliding_window": _OFF,
+               "tie_word_embeddings": _OFF},
+        names={"embed": "model.embed_tokens", "layers": "model.layers", "attn_norm": "input_layernorm",
+               "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+               "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+               "down": "mlp.down_proj", "norm": "model.norm", "head": "lm_head"},
+        ends=("<|endoftext|>", "<|im_end|>"),
+        template="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+                 "<|im_start|>assistant\n",
+    ),
+}  # fmt: skip
+
+
+# --- folders ------------------------------------------------------------------------------------
 
 
 def save(model: MDLM, path: str | os.PathLike) -> None:
@@ -178,34 +268,182 @@ def save(model: MDLM, path: str | os.PathLike) -> None:
     os.replace(folder / "config.json.part", folder / "config.json")
 
 
-# --- folders: loading ---------------------------------------------------------------------------
-
-
 def load(
     path: str | os.PathLike, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[MDLM, ModelConfig]:
-    """Model (in eval mode) and config of a folder written by `save`; dtype None keeps the stored one.
+    """Model in eval mode and config of a folder: toy (written by `save`), LLaDA or Dream by its config.json.
 
-    Raises ValueError, one line naming the file, when the folder is incomplete or damaged.
+    dtype None keeps a toy's stored dtype; a real checkpoint, stored in bfloat16, becomes float32 on a CPU
+    and bfloat16 on CUDA. Names and shapes of all files are checked before a weight is read; then each tensor
+    goes straight to its device and dtype, one file at a time. Raises ValueError, one line naming the file, when
+    the folder is incomplete or damaged, or holds what MDLM is not.
     """
-    file = Path(path) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror}); give a folder written by mdlm.save") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); fetch or write the file again") from None
-    if raw.pop("model_type", None) != "mdlm":
-        raise ValueError(f"{file}: model_type is not 'mdlm'")
-    raw["eos_id"] = tuple(raw["eos_id"]) if isinstance(raw["eos_id"], list) else raw["eos_id"]
-    config = ModelConfig(**raw)
+    family, config = _read_config(Path(path))
+    device = torch.device(device)
+    if dtype is None and family is not FAMILIES["mdlm"]:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = MDLM(config)
-    weights = Path(path) / "model.safetensors"
-    try:
-        with safe_open(weights, framework="pt", device=str(device)) as shard:
-            state = {name: shard.get_tensor(name) for name in shard.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{weights}: cannot be read ({error}); fetch or write the file again") from None
-    model.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
+    ours = {".".join(family.names.get(part, part) for part in name.split(".")): name for name in model.state_dict()}
+    state = {}
+    for file in _open_weights(Path(path), {name: list(model.get_parameter(ours[name]).shape) for name in ours}):
+        with file:
+            for name in file.keys():  # noqa: SIM118, such a file is no mapping
+                state[ours[name]] = file.get_tensor(name).to(device, dtype, copy=True)
+    model.load_state_dict(state, assign=True)
     return model.eval(), config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: missing or damaged ({error}); fetch or write the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: holds no JSON object; fetch or write the file again")  # noqa: TRY004, bad input
+    return value
+
+
+def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    file = folder / "config.json"
+    raw = _read_json(file)
+    family = FAMILIES.get(str(raw.get("model_type")))
+    if family is None:
+        raise ValueError(f"{file}: unknown model_type {raw.get('model_type')!r}; give one of {', '.join(FAMILIES)}")
+    for key, allowed in family.flags.items():
+        if raw.get(key) not in allowed:
+            raise ValueError(f"{file}: {key} {raw.get(key)!r} is not supported, only {allowed[-1]!r}")
+    if missing := [key for key in family.fields.values() if raw.get(key) is None]:
+        raise ValueError(f"{file}: {missing[0]!r} is missing; fetch or write the file again")
+    values = {name: raw[key] for name, key in family.fields.items()} | family.habits
+    values["eos_id"] = tuple(values["eos_id"]) if isinstance(values["eos_id"], list) else values["eos_id"]
+    try:
+        return family, ModelConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _open_weights(folder: Path, shapes: dict[str, list[int]]) -> list[Any]:
+    """The folder's files, opened: every tensor of `shapes`, and no other, is in them with its shape (headers only)."""
+    index, files, found = folder / "model.safetensors.index.json", [], set()
+    shards = _read_json(index).get("weight_map") if index.exists() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+        raise ValueError(f"{index}: 'weight_map' does not map tensors to files; fetch the file again")
+    for path in sorted({folder / shard for shard in shards.values()}):
+        try:
+            files.append(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: missing or damaged ({error}); fetch or write the file again") from None
+        for name in files[-1].keys():  # noqa: SIM118
+            if name not in shapes:
+                raise ValueError(f"{path}: unexpected tensor {name}; does config.json belong to these weights?")
+            if (shape := files[-1].get_slice(name).get_shape()) != shapes[name]:
+                raise ValueError(f"{path}: {name} has shape {shape}, but config.json asks for {shapes[name]}")
+            found.add(name)
+    if missing := [name for name in shapes if name not in found]:
+        raise ValueError(f"{folder}: tensor {missing[0]} is in none of its files; fetch the folder again")
+    return files
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+_SPECIAL = r"<\|\w+\|>"  # a special token in a chat template
+# Qwen's pattern, which Dream takes over: contractions, words, single digits, punctuation, line ends, spaces.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TextCodec:
+    """Text to ids and back for one LLaDA or Dream folder, a `tie.Codec`; made by `load_codec`.
+
+    `eos_id` holds every id that ends an answer, by the names of the family's special tokens: a `tie.Member` takes
+    its ids from here, since config.json knows only one of them. `vocabulary` holds the bytes of each id: members
+    whose vocabulary, mask_id and eos_id are equal can share one codec and relay ids as they are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, family: Family, config: ModelConfig):
+        control, vocabulary = {*family.ends, *re.findall(_SPECIAL, family.template)}, tokenizer.get_vocab()
+        if missing := sorted(control - vocabulary.keys()):
+            raise ValueError(f"it has no token {missing[0]}; is it of another model?")
+        self._control = {token: vocabulary[token] for token in control}
+        tokenizer.add_special_tokens(sorted(control))  # they are there; now surely special, and with the next line
+        tokenizer.encode_special_tokens = True  # never read from plain text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+        tokenizer.normalizer = None  # a relay must not change text; prompts are normalised as the family does
+        self._tokenizer, self._template = tokenizer, family.template
+        self.vocabulary = _token_bytes(tokenizer, config)
+        self.mask_id, self.pad_id = config.mask_id, config.pad_id
+        self.eos_id = tuple(vocabulary[token] for token in family.ends)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of exactly this text: nothing added, nothing normalised, and no text becomes a special token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> bytes:
+        """The bytes that `ids` stand for; special tokens and ids that the tokenizer does not use stand for none.
+
+        Raises ValueError for an id outside the model's vocabulary.
+        """
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.vocabulary):
+            raise ValueError(f"ids {min(ids)} to {max(ids)} exceed the vocabulary of {len(self.vocabulary)}")
+        return b"".join(self.vocabulary[i] for i in ids)
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """The question in the family's chat template, up to where the answer begins."""
+        ids: list[int] = []
+        for piece in re.split(f"({_SPECIAL})", self._template):
+            text = self._normalize(piece.format(question=question, trimmed=question.strip()))
+            ids += [self._control[piece]] if piece in self._control else self.encode(text)
+        return ids
+
+
+def load_codec(path: str | os.PathLike) -> TextCodec:
+    """Codec of a LLaDA or Dream folder: tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json.
+
+    Raises ValueError, one line naming the folder or file, when these are missing or damaged, are no byte-level
+    BPE, or do not belong to the folder's model.
+    """
+    folder = Path(path)
+    family, config = _read_config(folder)
+    whole = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(whole)) if whole.exists() else _dream_tokenizer(folder)
+        return TextCodec(tokenizer, family, config)
+    except Exception as error:  # noqa: BLE001, tokenizers raises no narrower class
+        raise ValueError(f"{folder}: tokenizer cannot be used: {error}") from None
+
+
+def _dream_tokenizer(folder: Path) -> Tokenizer:
+    added = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    tokenizer = Tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.normalizer = NFC()
+    to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(_PIECES), "isolated"), to_bytes])
+    for i in sorted(added, key=int):
+        tokenizer.add_tokens([AddedToken(**added[i])])
+        if tokenizer.token_to_id(added[i]["content"]) != int(i):
+            raise ValueError(f"{added[i]['content']} does not get its id {i}; is vocab.json of another model?")
+    return tokenizer
+
+
+def _token_bytes(tokenizer: Tokenizer, config: ModelConfig) -> list[bytes]:
+    """The bytes of each id (V): GPT-2's byte alphabet undone, special tokens empty, other added tokens as UTF-8."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, the others
+    others = [b for b in range(256) if b not in printable]  # for the characters from U+0100 on
+    alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    text, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
+    if not text.keys() >= alphabet.keys():
+        raise ValueError("it is no byte-level BPE, since single bytes have no token")
+    if (last := max(*text.values(), *added)) >= config.vocab_size:
+        raise ValueError(f"its ids reach {last}, beyond the model's vocabulary of {config.vocab_size}")
+    table = [b""] * config.vocab_size
+    for token, i in text.items():
+        table[i] = bytes(alphabet[c] for c in token) if alphabet.keys() >= set(token) else token.encode()
+    for i, entry in added.items():
+        table[i] = b"" if entry.special else entry.content.encode()
+    if table[config.mask_id] or table[config.pad_id]:
+        raise ValueError(f"the model's mask id {config.mask_id} or pad id {config.pad_id} is text in it")
+    return table
