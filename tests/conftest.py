@@ -1,0 +1,15 @@
+"""The suite runs from the repository root: `python -m pytest`; more examples with `--hypothesis-profile=deep`."""
+
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)
+
+slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=slow_is_fine)
+settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=slow_is_fine)
+settings.load_profile("default")
