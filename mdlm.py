@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and habits of one model; the last four fields are what tells the LLaDA and Dream families apart.
+    """Shape and habits of one model; the last three fields are what tells the LLaDA and Dream families apart.
 
     Raises ValueError, naming the field, for sizes that do not fit together and ids outside the vocabulary.
     """
@@ -52,7 +52,6 @@ class ModelConfig:
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     rope_float32: bool = True  # rotate in float32 and cast back (LLaDA), or in the model's dtype (Dream)
-    count_padding: bool = False  # a left pad takes a position number (LLaDA), or does not (Dream, toy)
     shift: bool = False  # the output at i-1 is the distribution of token i (Dream)
 
     def __post_init__(self) -> None:
@@ -154,7 +153,10 @@ class MDLM(nn.Module):
         if tokens.shape[1] > c.max_length:
             raise ValueError(f"{tokens.shape[1]} positions exceed the model's max_length of {c.max_length}")
         x = self.embed(tokens)  # (B, L, D)
-        angles = rotary_angles(self._position_numbers(tokens, attention_mask), c.width // c.heads, c.rope_theta)
+        # A row is numbered as it would be alone. LLaDA's own code counts left padding too, which turns all of a row
+        # alike: rotary attention reads differences only.
+        numbers = torch.ones_like(tokens[:1]) if attention_mask is None else attention_mask.long()
+        angles = rotary_angles(numbers.cumsum(1) - 1, c.width // c.heads, c.rope_theta)  # (B or 1, 1, L, E)
         dtype = torch.float32 if c.rope_float32 else x.dtype
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # (B or 1, 1, L, E)
         # Dream's own code also hides real keys from padded queries; no real position can see the difference.
@@ -171,11 +173,6 @@ class MDLM(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         before = (positions - 1).clamp(min=0)  # (B, K)
         return before if attention_mask is None else torch.where(attention_mask.gather(1, before), before, positions)
-
-    def _position_numbers(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if attention_mask is None or self.config.count_padding:
-            return torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, L)
-        return (attention_mask.long().cumsum(-1) - 1).masked_fill(~attention_mask, 1)  # (B, L)
 
 
 # --- the training loss --------------------------------------------------------------------------
@@ -221,7 +218,7 @@ FAMILIES = {
                 "kv_heads": "n_kv_heads", "hidden": "mlp_hidden_size", "max_length": "max_sequence_length",
                 "mask_id": "mask_token_id", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
                 "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_float32": "rope_full_precision"},
-        habits={"count_padding": True},
+        habits={},
         flags={"block_type": ("llama",), "activation_type": ("silu",), "include_bias": (False,), "rope": (True,),
                "layer_norm_type": ("rms",), "layer_norm_with_affine": (True,), "bias_for_layer_norm": _OFF,
                "include_qkv_bias": (False,), "attention_layer_norm": _OFF, "multi_query_attention": _OFF,

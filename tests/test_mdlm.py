@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.trainers import BpeTrainer
 
@@ -23,7 +23,16 @@ import tie
 GOLDEN = Path(__file__).parent / "golden"
 REAL = ("llada", "dream")
 TOY = mdlm.ModelConfig(
-    vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, hidden=24, max_length=32, mask_id=10, eos_id=(8, 9), pad_id=8
+    vocab_size=11,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    hidden=24,
+    max_length=32,
+    mask_id=10,
+    eos_id=(8, 9),
+    pad_id=8,
 )
 configs = st.builds(
     replace,
@@ -32,7 +41,6 @@ configs = st.builds(
     kv_heads=st.sampled_from([1, 2, 4]),
     qkv_bias=st.booleans(),
     rope_float32=st.booleans(),
-    count_padding=st.booleans(),
     shift=st.booleans(),
 )
 
@@ -76,6 +84,20 @@ def test_padded_rows_equal_rows_alone_and_padding_is_never_visible(config, seed,
         torch.testing.assert_close(logits[row, -length:], alone[0], atol=2e-5, rtol=1e-4)
     other = model(torch.where(real, tokens, draw(seed + 1, *tokens.shape)), None, real)
     assert torch.equal(logits[real], other[real])
+
+
+def test_padded_rows_are_numbered_as_rows_alone(monkeypatch):
+    """Attention reads differences of positions only, so that this shows in rounding alone: read the numbers themselves."""
+    seen, angles = [], mdlm.rotary_angles
+    monkeypatch.setattr(
+        mdlm, "rotary_angles", lambda positions, *rest: seen.append(positions) or angles(positions, *rest)
+    )
+    real = torch.arange(5) >= torch.tensor([[0], [3]])
+    model = build(TOY)
+    model(draw(0, 2, 5), None, real)
+    model(draw(0, 2, 5))
+    assert seen[0][real].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert seen[1].tolist() == [[0, 1, 2, 3, 4]]
 
 
 @given(config=configs, seed=st.integers(0, 99), early=st.integers(0, 2), late=st.integers(3, 6))
@@ -136,8 +158,8 @@ def test_rms_norm_scales_after_the_cast():
     norm.weight.data = torch.randn(8, generator=torch.Generator().manual_seed(0)).bfloat16()
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
     y = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(norm(x), norm.weight * y.bfloat16(), atol=0, rtol=2**-7)  # one bfloat16 step
     assert norm(x).dtype == torch.bfloat16
+    assert (norm(x) == norm.weight * y.bfloat16()).float().mean() > 0.98  # the rest: float32 sums in another order
 
 
 @given(config=configs)
@@ -147,6 +169,15 @@ def test_bfloat16_is_near_float32(config):
     exact, rounded = model(tokens), model.bfloat16()(tokens)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llada", torch.float32), ("dream", torch.bfloat16)])
+def test_each_family_rotates_in_its_own_precision(family, dtype, monkeypatch):
+    model, _ = mdlm.load(GOLDEN / f"{family}-tiny", dtype=torch.bfloat16)
+    seen, rotate = [], mdlm.rotate
+    monkeypatch.setattr(mdlm, "rotate", lambda x, cos, sin: seen.append((cos.dtype, sin.dtype)) or rotate(x, cos, sin))
+    assert model(draw(0, 1, 5)).dtype == torch.bfloat16
+    assert set(seen) == {(dtype, dtype)}
 
 
 def test_more_positions_than_max_length():
@@ -259,7 +290,7 @@ def test_loss_masks_editable_tokens_only_and_counts_no_others(seed):
     table, tokens = Table(), draw(seed, 6, 5, high=3)
     editable = torch.rand(6, 5, generator=torch.Generator().manual_seed(seed)) < 0.5
     editable[:, :2] = False
-    model = lambda x: F.pad(table(x), (0, 0, 2, 0))  # noqa: E731
+    model = lambda x: F.pad(table(x), (0, 0, 2, 0))
     model.config = table.config
     generator = torch.Generator().manual_seed(seed)
     loss = mdlm.diffusion_loss(model, tokens, editable, generator)
@@ -455,7 +486,14 @@ PATTERN = (
 CORPUS = ["def area(r):\n    return 3.14 * r**2  # It's the user's question", "Was kostet das café? crème brûlée",
           "中文分词,混合 English 和 12345", "🎉🎉 party 🧑‍🚀", "system user assistant You are a helpful assistant."] * 3  # fmt: skip
 SPECIAL = {
-    "llada": ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"],
+    "llada": [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|mdm_mask|>",
+    ],
     "dream": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"],
 }
 MASK = {"llada": "<|mdm_mask|>", "dream": "<|mask|>"}
@@ -469,10 +507,11 @@ def byte_level():
 def train_bpe(family):
     """A whole tokenizer of some 350 tokens: what an official folder's tokenizer.json would hold."""
     tokenizer = Tokenizer(BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), byte_level()
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(CORPUS, BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False))
+    # Trained on whole lines, it merges across words and digits, so that every part of the pattern shows.
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), byte_level()
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
     tokenizer.add_special_tokens(SPECIAL[family])
     return tokenizer
@@ -504,9 +543,9 @@ def three_files(whole, tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("three"), whole["dream"][1]
     tokenizer.model.save(str(folder))
     added = {
-        i: {"content": t.content, "special": t.special, "normalized": False}
+        i: {"content": t.content, "special": t.special and t.content != "<|im_end|>", "normalized": False}
         for i, t in tokenizer.get_added_tokens_decoder().items()
-    }
+    }  # not marked special in the file, a token of the chat template still must not come from text
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     shutil.copy(whole["dream"][0] / "config.json", folder)
     return folder
@@ -517,7 +556,9 @@ def codecs(whole, three_files):
     return [mdlm.load_codec(folder) for folder in (whole["dream"][0], three_files, whole["llada"][0])]
 
 
-fragments = st.sampled_from([*CORPUS, *SPECIAL["llada"], *SPECIAL["dream"], "<tool_call>", "e\u0301", "\r\n \n", "  1234"])
+fragments = st.sampled_from(
+    [*CORPUS, *SPECIAL["llada"], *SPECIAL["dream"], "<tool_call>", "e\u0301", "\r\n \n", "  1234"]
+)
 
 
 @given(text=st.lists(st.text(max_size=6) | fragments, max_size=5).map("".join))
@@ -627,7 +668,9 @@ BAD_TOKENIZERS = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), BAD_TOKENIZERS, ids=[f"{i} {m[1]}" for i, m in enumerate(BAD_TOKENIZERS)])
+@pytest.mark.parametrize(
+    ("damage", "message"), BAD_TOKENIZERS, ids=[f"{i} {m[1]}" for i, m in enumerate(BAD_TOKENIZERS)]
+)
 def test_a_bad_tokenizer_gives_one_clear_line(three_files, tmp_path, damage, message):
     shutil.copytree(three_files, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
