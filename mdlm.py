@@ -188,7 +188,7 @@ def diffusion_loss(model: MDLM, tokens: Tensor, editable: Tensor, generator: tor
     B = tokens.shape[0]
     offset = torch.rand(1, generator=generator, device=tokens.device)
     t = 1 - (offset + torch.arange(B, device=tokens.device) / B) % 1  # (B,)
-    t = t.clamp(min=1e-3)[:, None]  # (B, 1); below, 1 / t would let single draws drown a batch; bias below 1e-5
+    t = t.clamp(min=1e-3)[:, None]  # (B, 1); below, 1 / t would let single draws drown a batch; the bias is of order 1e-6
     masked = editable & (torch.rand(tokens.shape, generator=generator, device=tokens.device) < t)  # (B, L)
     logits = model(tokens.masked_fill(masked, model.config.mask_id))  # (B, L, V)
     cost = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")  # (B, L)
@@ -273,10 +273,13 @@ def load(
     dtype None keeps a toy's stored dtype; a real checkpoint, stored in bfloat16, becomes float32 on a CPU
     and bfloat16 on CUDA. Names and shapes of all files are checked before a weight is read; then each tensor
     goes straight to its device and dtype, one file at a time. Raises ValueError, one line naming the file, when
-    the folder is incomplete or damaged, or holds what MDLM is not.
+    the folder is incomplete or damaged, or holds what MDLM is not; and for a device that is not there.
     """
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
     family, config = _read_config(Path(path))
-    device = torch.device(device)
     if dtype is None and family is not FAMILIES["mdlm"]:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):

@@ -469,10 +469,17 @@ def test_a_bad_folder_gives_one_clear_line(tmp_path, family, damage, message):
     assert message in line and str(tmp_path) in line and "\n" not in line
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used: ") as caught:
+        mdlm.load(GOLDEN / "llada-tiny", device=device)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_folder_is_checked_before_any_weight_is_read(tmp_path, monkeypatch):
     shutil.copytree(GOLDEN / "dream-tiny", tmp_path, dirs_exist_ok=True)
     sharded(remove("model-00002-of-00002.safetensors"))(tmp_path)
-    monkeypatch.setattr(torch.Tensor, "to", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda *_, **__: pytest.fail("a weight was read"))
     with pytest.raises(ValueError, match="model-00002"):
         mdlm.load(tmp_path)
 
