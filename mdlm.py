@@ -188,7 +188,7 @@ def diffusion_loss(model: MDLM, tokens: Tensor, editable: Tensor, generator: tor
     B = tokens.shape[0]
     offset = torch.rand(1, generator=generator, device=tokens.device)
     t = 1 - (offset + torch.arange(B, device=tokens.device) / B) % 1  # (B,)
-    t = t.clamp(min=1e-3)[:, None]  # (B, 1); below, 1 / t would let single draws drown a batch; the bias is of order 1e-6
+    t = t.clamp(min=1e-3)[:, None]  # (B, 1); lower, 1 / t would let single draws drown a batch; bias of order 1e-6
     masked = editable & (torch.rand(tokens.shape, generator=generator, device=tokens.device) < t)  # (B, L)
     logits = model(tokens.masked_fill(masked, model.config.mask_id))  # (B, L, V)
     cost = F.cross_entropy(logits.transpose(1, 2).float(), tokens, reduction="none")  # (B, L)
