@@ -63,7 +63,7 @@ def look(member: tie.Member, state: State) -> dict[int, Guess]:
     return {i: guess(logits[i], member.mask_id) for i, hole in enumerate(state.masked) if hole}
 
 
-def relevant(member: tie.Member, state: State, guesses: dict[int, Guess], answer: slice, config: tie.Config) -> list[int]:
+def relevant(member: tie.Member, state: State, guesses: dict, answer: slice, config: tie.Config) -> list[int]:
     """A^(t): the masked answer positions, the first few of them with a window, then less those that predict EOS."""
     eos = member.eos_id if isinstance(member.eos_id, tuple) else (member.eos_id,)
     masked = [i for i in range(answer.start, answer.stop) if state.masked[i]][: config.answer_window]
