@@ -50,7 +50,7 @@ def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS, begun=True, **fixed):
     tokens = st.integers(0, vocab - 1)
     prompts = draw(st.lists(st.lists(tokens, max_size=4), min_size=1, max_size=3))
     suffix, pad_id = draw(st.lists(tokens, max_size=2)), draw(tokens)
-    lengths = draw(st.tuples(st.integers(0, 9), st.integers(0, 7)).filter(any))
+    lengths = draw(st.sampled_from([(9, 7), (8, 6), (7, 5), (6, 7), (4, 5), (3, 2), (1, 1), (5, 0), (0, 6)]))
     canvas = Canvas.blank(prompts, suffix, *lengths, mask_id=mask_id, pad_id=pad_id)
     canvases = [deepcopy(canvas) for _ in range(M)]
     if begun and draw(st.integers(0, 3)) == 0:
@@ -59,7 +59,7 @@ def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS, begun=True, **fixed):
             given_[:, : c.reasoning.start] = given_[:, c.reasoning.stop :] = False
             c.tokens[given_], c.masked[given_] = 3, False
     choices = {
-        "interval": st.integers(1, 6) | st.just(99), "block_size": st.integers(1, 6),
+        "interval": st.sampled_from([1, 2, 3, 3, 4, 5, 6, 99]), "block_size": st.integers(1, 6),
         "score": st.sampled_from(SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
         "selection": st.sampled_from(["lowest_tcc", "lowest_tcc", "best_model", "most_selected"]),
         "best_model": st.integers(0, M - 1), "answer_window": st.none() | st.integers(1, 4),
@@ -185,9 +185,8 @@ def test_equal_confidences_go_to_the_lower_position():
 @given(problems(begun=False))
 def test_answers_stay_masked_until_reasoning_is_done(problem):
     canvas = problem.canvases[0]
-    for state in watch(problem).rounds:
-        for masked in state["masked"]:
-            assert masked[masked[:, canvas.reasoning].any(1)][:, canvas.answer].all()
+    for masked in [masked for state in watch(problem).rounds for masked in state["masked"]]:
+        assert masked[masked[:, canvas.reasoning].any(1)][:, canvas.answer].all()
 
 
 @st.composite
@@ -279,20 +278,21 @@ def test_after_a_relay_all_members_hold_the_leaders_state(problem):
 @given(problems())
 def test_the_leader_is_an_argmax_of_the_scores(problem):
     result = tie.ensemble(*problem)
-    scores = result.scores.gather(1, result.leaders.clamp(min=0)[:, None]).squeeze(1)  # (rounds, B)
-    assert ((scores == result.scores.amax(1)) | (result.leaders == -1)).all()
+    scores = result.scores.gather(1, result.leaders.clamp(min=0)[:, None])  # (rounds, 1, B)
+    assert ((scores == result.scores.amax(1, keepdim=True)) | (result.leaders == -1)[:, None]).all()
 
 
 @given(problems(members=st.integers(2, 3), selection="lowest_tcc"), st.randoms(use_true_random=False))
 def test_permuting_members_permutes_leaders_and_changes_no_output(problem, random):
     result = tie.ensemble(*problem)
     gaps, last = (x.sort(dim=-2).values.diff(dim=-2).amin(-2) for x in (result.scores, result.tcc))
-    if not ((gaps > NEAR) | (result.leaders < 0)).all() or not (last > NEAR).all():
+    if not ((gaps > NEAR) | (result.leaders < 0)).all():
         reject()  # ties go by the order of members
     order = random.sample(range(len(problem.members)), len(problem.members))
     other = tie.ensemble(*[[part[m] for m in order] for part in problem[:2]], problem.config)
     names = torch.tensor([*order, -1])
-    assert torch.equal(names[other.leaders], result.leaders) and torch.equal(names[other.winner], result.winner)
+    assert torch.equal(names[other.leaders], result.leaders)
+    assert ((names[other.winner] == result.winner) | (last < NEAR)).all()
     assert near(other.scores, result.scores[:, order]) and near(other.tcc, result.tcc[order])
     assert all(torch.equal(mine.tokens, result.candidates[m].tokens) for mine, m in zip(other.candidates, order))
 
