@@ -132,40 +132,31 @@ NAMES = "ABCD"  # of members, in order
 FACTS = len(FACTORS) ** 2
 
 
-def option(default: float, text: str) -> Any:
-    """A field of Settings with the line that --help shows."""
-    return field(default=default, metadata={"help": text})
+def option(default: float, text: str, good: Callable[[Any], bool], rule: str) -> Any:
+    """A field of Settings: its line in --help, and what its value must be."""
+    return field(default=default, metadata={"help": f"{text}; {rule}", "good": good, "rule": rule})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All that decides a member's weights, beside its place among the members. ValueError on impossible values."""
 
-    seed: int = option(0, "seed of weights and batches, and of the choice of rare facts")
-    steps: int = option(1500, "training steps")
-    rare_facts: int = option(16, f"facts of the {FACTS} in the times table that a member meets rarely")
-    weight: float = option(0.15, "how often a rare fact is drawn, against 1 for the others; in (0, 1]")
-    misprints: float = option(0.1, "share of the reasoning's result digits printed wrong in training; in [0, 1)")
-    lr: float = option(6e-3, "peak learning rate of AdamW")
-    batch: int = option(64, "sequences a step")
-    width: int = option(64, "width of the model, a multiple of 8")
-    layers: int = option(3, "layers of the model")
+    seed: int = option(0, "seed of weights, batches, rare facts", lambda x: 0 <= x < 2**32, "in [0, 2**32)")
+    steps: int = option(1300, "training steps", lambda x: x >= 1, "at least 1")
+    rare_facts: int = option(
+        16, "facts that a member meets rarely", lambda x: 0 <= x <= FACTS, f"at most {FACTS} with all members together"
+    )
+    weight: float = option(0.06, "how often a rare fact is drawn, others 1", lambda x: 0 < x <= 1, "in (0, 1]")
+    misprints: float = option(0.02, "share of false result digits in training", lambda x: 0 <= x < 1, "in [0, 1)")
+    lr: float = option(6e-3, "peak learning rate of AdamW", lambda x: 0 < x < 1, "in (0, 1)")
+    batch: int = option(64, "sequences a step", lambda x: x >= 1, "at least 1")
+    width: int = option(64, "width of the model", lambda x: x >= 8 and x % 8 == 0, "a multiple of 8")
+    layers: int = option(3, "layers of the model", lambda x: x >= 1, "at least 1")
 
     def __post_init__(self):
-        rules = {
-            "seed": (0 <= self.seed < 2**32, "in [0, 2**32)"),
-            "steps": (self.steps >= 1, "at least 1"),
-            "rare_facts": (0 <= self.rare_facts <= FACTS, f"in [0, {FACTS}]"),
-            "weight": (0 < self.weight <= 1, "in (0, 1]"),
-            "misprints": (0 <= self.misprints < 1, "in [0, 1)"),
-            "lr": (0 < self.lr < 1, "in (0, 1)"),
-            "batch": (self.batch >= 1, "at least 1"),
-            "width": (self.width >= 8 and self.width % 8 == 0, "a positive multiple of 8"),
-            "layers": (self.layers >= 1, "at least 1"),
-        }
-        for name, (good, rule) in rules.items():
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be {rule}")
+        for f in fields(self):
+            if not f.metadata["good"](getattr(self, f.name)):
+                raise ValueError(f"{f.name} is {getattr(self, f.name)}, but must be {f.metadata['rule']}")
 
 
 # --- what a member meets in training ----------------------------------------------------------------
@@ -188,6 +179,12 @@ def sequence(problem: Problem) -> list[int]:
     """Prompt, reasoning, suffix, answer, EOS to the end: LENGTH ids."""
     ids = encode(problem.prompt + problem.reasoning + SUFFIX + problem.answer)
     return ids + [EOS] * (LENGTH - len(ids))
+
+
+@cache
+def training_table() -> Tensor:
+    """(N, L) every training problem; not to be written into."""
+    return torch.tensor([sequence(problem) for problem in all_problems("train")])  # (N, L)
 
 
 def regions() -> tuple[Tensor, Tensor, Tensor]:
@@ -248,13 +245,13 @@ def train(
 ) -> mdlm.MDLM:
     """Train member 0, 1, ... and return it in eval mode. `report(step, loss)` is called every 20 steps.
 
-    The loss is the mean cross-entropy over masked tokens, without the 1 / t of Eq. 4: half the steps to the same
-    accuracy. On a CPU the run takes one thread, so that sums come out the same whatever the number of cores.
+    The loss is the mean cross-entropy over masked tokens, not Eq. 4 with its weight 1 / t: the states of `mask` are
+    not all draws at a time t. On a CPU one thread does all, so that the number of cores does not change a sum.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed * len(NAMES) + member)
             model = build(settings).to(device)
         _optimise(model, settings, member, report or (lambda step, loss: None))
@@ -265,9 +262,8 @@ def train(
 
 def _optimise(model: mdlm.MDLM, settings: Settings, member: int, report: Callable[[int, float], None]) -> None:
     generator = torch.Generator().manual_seed(settings.seed * len(NAMES) + member)
-    pool = all_problems("train")
-    table = torch.tensor([sequence(problem) for problem in pool])  # (N, L)
-    weights = draw_weights(pool, rare_facts(settings, member), settings.weight)  # (N,)
+    table = training_table()  # (N, L)
+    weights = draw_weights(all_problems("train"), rare_facts(settings, member), settings.weight)  # (N,)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
     warmup = 50
     for step in range(settings.steps):
@@ -315,6 +311,10 @@ def train_members(settings: Settings, out: str | os.PathLike, members: int = 2, 
     for name in todo:
         _prepare(folders[name])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
     _run_workers({name: (settings, name, str(folders[name]), device) for name in todo}, settings.steps)
     return [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
 
@@ -362,8 +362,8 @@ def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: 
         part = Path(folder) / f"{RECORD}.part"
         part.write_text(json.dumps(record, indent=1))
         os.replace(part, Path(folder) / RECORD)
-    except BrokenPipeError:  # nobody waits for this member any more
-        return
+    except (BrokenPipeError, KeyboardInterrupt):  # nobody waits for this member any more
+        sys.exit(1)
 
 
 def _run_workers(jobs: dict[str, tuple], steps: int) -> None:
@@ -386,23 +386,23 @@ def _run_workers(jobs: dict[str, tuple], steps: int) -> None:
 
 def _watch(workers: dict[Any, tuple[str, Any]], steps: int) -> None:
     """Show the progress of all members in one line until every process has ended."""
-    open_pipes = dict(workers)
     seen = {name: (0, math.nan) for name, _ in workers.values()}  # step, loss
+    at_work = dict(workers)
     with tqdm(total=steps * len(seen), unit="step", disable=None if seen else True) as bar:  # None: on a terminal only
-        while open_pipes:
-            for pipe in cast(list[Connection], wait(list(open_pipes))):
-                name, worker = open_pipes[pipe]
-                try:
-                    progress = pipe.recv()
-                except EOFError:
-                    del open_pipes[pipe]
-                    worker.join()
-                    if worker.exitcode != 0:
-                        raise RuntimeError(f"training of member {name} ended with exit code {worker.exitcode}") from None
-                    continue
-                bar.update(progress[0] - seen[name][0])
-                seen[name] = progress
-                bar.set_postfix_str(", ".join(f"{n} loss {loss:.2f}" for n, (_, loss) in seen.items()))
+        while at_work:
+            pipe = cast(Connection, wait(list(at_work))[0])
+            name, worker = at_work[pipe]
+            try:
+                progress = pipe.recv()
+            except EOFError:
+                del at_work[pipe]
+                worker.join()
+                if worker.exitcode != 0:
+                    raise RuntimeError(f"training of member {name} ended with exit code {worker.exitcode}") from None
+                continue
+            bar.update(progress[0] - seen[name][0])
+            seen[name] = progress
+            bar.set_postfix_str(", ".join(f"{n} loss {loss:.2f}" for n, (_, loss) in seen.items()))
 
 
 # --- command line -----------------------------------------------------------------------------------
@@ -442,6 +442,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"train_toy.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
     for record in records:
         print(f"member {record['name']}: {record['validation_accuracy']:.1%} of {record['validation_problems']} "
               f"validation problems right, trained in {record['seconds']:.0f} s")  # fmt: skip
