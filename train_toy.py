@@ -210,7 +210,7 @@ def mask(batch: int, generator: torch.Generator) -> Tensor:
     """(B, L) bool, the masked positions of a batch, each sequence in one of three kinds of state:
 
     uniform     each token with probability t, the times of Eq. 4
-    left        left to right, as decoding goes: a column loses its result and some of the rest, all behind it is masked
+    left        left to right, as decoding goes: a column (or the answer) in work, all before it known, all behind masked
     results     every result and the answer, and some of the rest: each column asks for its fact at once
 
     Uniform states alone teach the times table slowly, since the answer and the next carry give most results away.
@@ -218,7 +218,7 @@ def mask(batch: int, generator: torch.Generator) -> Tensor:
     column, result, editable = regions()
     t, kind = torch.rand(2, batch, 1, generator=generator)  # (B, 1)
     some = torch.rand(batch, LENGTH, generator=generator)  # (B, L)
-    current = torch.randint(0, COLUMNS, (batch, 1), generator=generator)  # (B, 1)
+    current = torch.randint(0, COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
     left = (column > current) | (column == current) & (result | (some < t))  # (B, L)
     results = result | (column == COLUMNS) | (some < t**2)  # (B, L)
     return editable & torch.where(kind < 1 / 3, some < t, torch.where(kind < 2 / 3, left, results))
