@@ -1,0 +1,1016 @@
+"""The experiments: TIE against its members and the post-generation ensemble, on toy models and on real checkpoints.
+
+Examples:
+    python eval.py                                   train toy members once, then the main table (paper: Tables 3 and 5)
+    python eval.py --trace 3                         three decodings, round by round
+    python eval.py --problems 300 --json             one JSON object on stdout
+    python eval.py --seed 1 --out results/seed1      records on disk; the same command goes on after an interruption
+    python eval.py --members llada=LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out results/gsm8k
+"""
+
+from __future__ import annotations
+
+import argparse
+import cmath
+import csv
+import functools
+import gzip
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import operator
+import os
+import platform
+import random
+import re
+import secrets
+import signal
+import string
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import mdlm
+import tie
+import train_toy
+
+Record = dict[str, Any]  # one question's: id, gold, answers, correct, texts, winner, leaders, tcc, top1, forwards
+
+
+# --- decoding questions ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    prompt: str
+    gold: Any  # letter, number or LaTeX as text; {"numbers", "target"}; for code what its tests need
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What it takes to decode and grade questions with M members."""
+
+    members: list[tie.Member]
+    canvases: Callable[[list], list[tie.Canvas]]  # questions -> one canvas a member
+    text: Callable[[int, list[int]], str]  # member, ids of its answer region -> text of the answer
+    grade: Callable[[Question, str], tuple[str, bool]]  # question, text of the answer region -> answer, right?
+
+
+def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[Record]:
+    """Decode one batch and grade every candidate; one record a question."""
+    result = tie.ensemble(setup.members, setup.canvases(questions), config)
+    records = []
+    for b, question in enumerate(questions):
+        regions = [(c.tokens[b, c.reasoning].tolist(), c.tokens[b, c.answer].tolist()) for c in result.candidates]
+        texts = [[setup.text(m, ids) for ids in region] for m, region in enumerate(regions)]
+        answers, correct = zip(*[setup.grade(question, answer) for _, answer in texts])
+        records.append({
+            "id": question.id, "gold": question.gold, "answers": answers, "correct": correct, "texts": texts,
+            "winner": int(result.winner[b]), "leaders": [m for m in result.leaders[:, b].tolist() if m >= 0],
+            "tcc": result.tcc[:, b].tolist(), "top1": [x if math.isfinite(x) else None for x in result.top1[:, b].tolist()],
+            "forwards": result.forwards,
+        })  # fmt: skip
+    return records
+
+
+class Records:
+    """JSON lines, one a question, flushed as they come; what an interrupted run left is kept, less half a line.
+
+    folder None: nothing is written. Each process writes a file of its own. ValueError if a line is no record."""
+
+    def __init__(self, folder: Path | None, name: str, rank: int = 0):
+        self.pattern = f"{name.replace(' ', '-')}.{{}}.jsonl"
+        self.folder, self.path = folder, folder / self.pattern.format(rank) if folder else None
+        if self.path and self.path.exists():
+            data = self.path.read_bytes()
+            os.truncate(self.path, data.rfind(b"\n") + 1)
+        self.done = self.of_all_ranks() if folder else {}
+
+    def of_all_ranks(self) -> dict[str, Record]:
+        """The records of every process by question, as far as they are written."""
+        records = dict(self.done) if self.folder is None else {}
+        for path in sorted(self.folder.glob(self.pattern.format("*"))) if self.folder else []:
+            data = path.read_bytes()
+            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    records[record["id"]] = record
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{path}, line {number}, is no record: move the file away to start anew") from None
+        return records
+
+    def add(self, records: Iterable[Record]) -> None:
+        new = [record for record in records if record["id"] not in self.done]
+        self.done |= {record["id"]: record for record in new}
+        if self.path and new:
+            with self.path.open("a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in new))
+
+
+def open_results(folder: Path | None, settings: dict) -> None:
+    """Make the folder and write settings.json beside the records; ValueError if it holds records of other settings."""
+    if folder is None:
+        return
+    path = folder / "settings.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            earlier = json.loads(path.read_text())["settings"]
+            differing = [k for k in settings if earlier.get(k) != json.loads(json.dumps(settings[k]))]
+            if differing:
+                raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
+        write_json(path, {"settings": settings, **environment()})
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot use --out {folder}: {error}; give a folder that can be written") from None
+
+
+def environment() -> dict:
+    """Versions and hardware, for the record."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+# --- figures of merit -------------------------------------------------------------------------------
+
+
+def accuracy(correct: Iterable[bool]) -> dict:
+    """Accuracy and its 95 % Wilson interval."""
+    right = np.array(list(correct), dtype=float)
+    n, p, z = len(right), right.mean(), 1.96
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {"accuracy": float(p), "ci95": [float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))]}
+
+
+def paired(name: str, correct: Iterable[bool], reference: Iterable[bool]) -> dict:
+    """Mean difference over the same questions, with a 95 % bootstrap interval over questions."""
+    difference = np.array(list(correct), dtype=int) - np.array(list(reference), dtype=int)  # (questions,) of -1, 0, 1
+    shares = [np.mean(difference == d) for d in (-1, 0, 1)]
+    draws = np.random.default_rng(0).multinomial(len(difference), shares, size=10_000) @ [-1, 0, 1] / len(difference)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {"name": name, "difference": float(difference.mean()), "ci95": [float(low), float(high)]}
+
+
+def change_rate(records: list[Record]) -> float | None:
+    """Share of relays whose leader differs from the relay before (Table 5); None without such relays."""
+    changes = [a != b for record in records for a, b in zip(record["leaders"], record["leaders"][1:])]
+    return sum(changes) / len(changes) if changes else None
+
+
+def won(record: Record) -> bool:
+    return record["correct"][record["winner"]]
+
+
+# --- the toy experiment -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToyJob:
+    """One batch of toy problems, for any process to decode."""
+
+    folder: str
+    names: tuple[str, ...]
+    config: tie.Config
+    problems: tuple[train_toy.Problem, ...]
+
+
+def toy_setup(folder: str | Path, names: Iterable[str]) -> Setup:
+    """Members from their folders below `folder`, all of one vocabulary."""
+    members = []
+    for name in names:
+        model, config = mdlm.load(Path(folder) / name)
+        members.append(tie.Member(model, config.mask_id, config.eos_id, name))
+    return Setup(members, lambda questions: [toy_canvas([q.prompt for q in questions])] * len(members),
+                 lambda m, ids: train_toy.decode(ids), lambda question, answer: (answer, answer == question.gold))  # fmt: skip
+
+
+def toy_canvas(prompts: list[str]) -> tie.Canvas:
+    return tie.Canvas.blank(
+        [train_toy.encode(prompt) for prompt in prompts], train_toy.encode(train_toy.SUFFIX),
+        train_toy.REASONING_LENGTH, train_toy.ANSWER_LENGTH, mask_id=train_toy.MASK, pad_id=train_toy.PAD,
+    )  # fmt: skip
+
+
+def decode_job(job: ToyJob) -> list[Record]:
+    torch.set_num_threads(1)  # the jobs share the cores
+    questions = [Question(p.prompt, p.prompt, p.answer) for p in job.problems]
+    return decode_questions(toy_setup(job.folder, job.names), job.config, questions)
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Callable]:
+    """A `map` that keeps the order: over one process a core, or here where one is enough."""
+    count = min(jobs, os.cpu_count() or 1)
+    if count < 2:
+        yield map
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def decode_toy(args: argparse.Namespace, methods: dict[str, tie.Config], names: tuple[str, ...]) -> dict[str, list[Record]]:
+    """Records of every method on the same test problems, in their order; methods differ in their Config only."""
+    problems = train_toy.problems("test", args.problems, seed=args.problem_seed)
+    batches = [tuple(problems[i : i + args.batch_size]) for i in range(0, len(problems), args.batch_size)]
+    files = {name: Records(args.out, name) for name in methods}
+    todo = [(name, ToyJob(str(toy_folder(args)), names, config, batch)) for name, config in methods.items()
+            for batch in batches if any(p.prompt not in files[name].done for p in batch)]  # fmt: skip
+    total = sum(len(job.problems) for _, job in todo)
+    with tqdm(total=total, unit="problem", disable=None) as bar, workers(len(todo)) as pool:
+        for (name, job), records in zip(todo, pool(decode_job, [job for _, job in todo])):
+            bar.set_description(name)
+            files[name].add(records)
+            bar.update(len(records))
+    return {name: [file.done[p.prompt] for p in problems] for name, file in files.items()}
+
+
+def toy_methods(config: tie.Config) -> dict[str, tie.Config]:
+    """The rows of the main table. With n >= T no relay takes place: members alone, and post-generation (Table 3)."""
+    alone = replace(config, interval=train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH)
+    return {"post-generation": alone} | {f"tie {score}": replace(config, score=score) for score in tie.SCORES}
+
+
+def row(name: str, correct: list[bool], records: list[Record], share: float = 1) -> dict:
+    """One line of a table; `share` is the part of the records' forwards that the method needs."""
+    method, _, score = name.partition(" ") if name.startswith("tie ") else (name, "", "")
+    forwards = share * float(np.mean([record["forwards"] for record in records]))
+    return {"method": method, "score": score or None, **accuracy(correct), "forwards": forwards,
+            "change_rate": change_rate(records)}  # fmt: skip
+
+
+def main_table(records: dict[str, list[Record]], names: Sequence[str]) -> dict:
+    """Rows and comparisons of the main table, as `--json` prints them, from the records of its methods."""
+    alone = records["post-generation"]
+    members = {f"member {name}": [r["correct"][m] for r in alone] for m, name in enumerate(names)}
+    best = max(members, key=lambda name: sum(members[name]))
+    rows = [row(name, correct, alone, 1 / len(names)) for name, correct in members.items()]
+    rows.append(row("oracle", [any(r["correct"]) for r in alone], alone))
+    comparisons, right = [], {name: [won(r) for r in own] for name, own in records.items()}
+    for name, own in records.items():
+        rows.append(row(name, right[name], own))
+        comparisons.append(paired(f"{name} - best member", right[name], members[best]))
+        if name != "post-generation":
+            comparisons.append(paired(f"{name} - post-generation", right[name], right["post-generation"]))
+    tcc = [{"member": name, **split_tcc(alone, m)} for m, name in enumerate(names)]
+    return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
+
+
+def split_tcc(records: list[Record], m: int) -> dict:
+    """Mean C~(T) of member m decoding alone, over its correct and its incorrect answers (Table 1)."""
+    groups = {name: [r["tcc"][m] for r in records if r["correct"][m] == right]
+              for name, right in (("correct", True), ("incorrect", False))}  # fmt: skip
+    return {name: float(np.mean(values)) if values else None for name, values in groups.items()}
+
+
+def percent(value: float | None, signed: bool = False) -> str:
+    return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+
+def show_table(table: dict) -> None:
+    """A table for a terminal: accuracies in percent, differences in percentage points."""
+    differences = {c["name"]: f"{percent(c['difference'], True)} [{', '.join(percent(x, True) for x in c['ci95'])}]"
+                   for c in table["comparisons"]}  # fmt: skip
+    line = "{:<26}{:>9}  {:<14}{:<21}{:<21}{:>8}{:>10}{:>8}"
+    paper = "paper" if any("paper" in row for row in table["rows"]) else ""
+    heads = ("method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards", paper)
+    print(line.format(*heads).rstrip())
+    for entry in table["rows"]:
+        name = " ".join(filter(None, (entry["method"], entry["score"])))
+        print(line.format(
+            name, percent(entry["accuracy"]), f"[{', '.join(map(percent, entry['ci95']))}]",
+            differences.get(f"{name} - best member", ""), differences.get(f"{name} - post-generation", ""),
+            percent(entry["change_rate"]), f"{entry['forwards']:.1f}", entry.get("paper") or "",
+        ).rstrip())  # fmt: skip
+    for t in table.get("tcc", []):
+        means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
+        print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
+
+
+# --- the trace ----------------------------------------------------------------------------------------
+
+
+def show_trace(folder: Path, names: Sequence[str], config: tie.Config, problems: list[train_toy.Problem]) -> None:
+    """Decodings round by round: each member's canvas, `_` where masked, its score, who leads, what is relayed."""
+    setup = toy_setup(folder, names)
+    for problem in problems:
+        print(f"\n{problem.prompt}   right: {problem.reasoning}{train_toy.SUFFIX}{problem.answer}")
+        result = tie.ensemble(setup.members, setup.canvases([problem]), config, lambda state: show_round(state, names))
+        winner = int(result.winner[0])
+        canvas = result.candidates[winner]
+        answer = setup.text(winner, canvas.tokens[0, canvas.answer].tolist())
+        verdict = "right" if answer == problem.answer else f"wrong, {problem.answer} is right"
+        tcc = ", ".join(f"{name} {x:.3f}" for name, x in zip(names, result.tcc[:, 0].tolist()))
+        print(f"answer {answer} of {names[winner]}: {verdict}   (C~ over the whole decoding: {tcc})")
+
+
+def show_round(state: dict, names: Sequence[str]) -> None:
+    """The first row of what `tie.ensemble` tells its `on_round`."""
+    print(f"round {state['round'] + 1}, step {state['step']}")
+    for m, name in enumerate(names):
+        ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])[train_toy.PROMPT_LENGTH :]
+        score, leads = float(state["scores"][m, 0]), int(state["leader"][0]) == m
+        line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist()) + (f" {score:8.3f}" if math.isfinite(score) else "")
+        print(f"  {name} {line}{'  leads, relayed to all' if leads else ''}")
+
+
+# --- real checkpoints on the paper's benchmarks -----------------------------------------------------
+
+
+def real_members(folders: dict[str, Path], devices: list[str]) -> list[tie.Member]:
+    """LLaDA and Dream from local folders; all tokenizers are read and checked before the first weight is."""
+    codecs: list[mdlm.TextCodec] = []
+    for folder in folders.values():
+        codec = mdlm.load_codec(folder)
+        alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == (codec.vocabulary, codec.mask_id, codec.eos_id)]
+        codecs.append([*alike, codec][0])  # equal vocabularies share a codec, and relay ids as they are
+    return [tie.Member(mdlm.load(folder, device)[0], codec.mask_id, codec.eos_id, name, codec)
+            for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
+
+
+def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
+    """Each member gets the question in its own chat template and vocabulary, and the task's lengths."""
+    benchmark = BENCHMARKS[task]
+
+    def canvas(member: Any, questions: list[Question]) -> tie.Canvas:
+        codec, model = member.codec, member.denoise
+        prompts, suffix = [codec.encode_prompt(q.prompt) for q in questions], codec.encode(benchmark.suffix)
+        if (longest := max(map(len, prompts)) + benchmark.length) > model.config.max_length:
+            raise ValueError(f"{member}: a prompt and its generation take {longest} tokens, over {model.config.max_length}")
+        reasoning_length = benchmark.length - len(suffix) - benchmark.answer_length
+        ids = {"mask_id": codec.mask_id, "pad_id": codec.pad_id, "device": model.embed.weight.device}
+        return tie.Canvas.blank(prompts, suffix, reasoning_length, benchmark.answer_length, **ids)
+
+    def text(m: int, ids: list[int]) -> str:
+        codec: Any = members[m].codec
+        return codec.decode([*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]).decode(errors="replace")
+
+    return Setup(members, lambda questions: [canvas(member, questions) for member in members], text,
+                 lambda question, answer: grade(task, question, answer, run_code))  # fmt: skip
+
+
+def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
+    """Decode the questions that have no record yet, in batches that are the same after an interruption."""
+    done = [q for q in questions if q.id in file.done]
+    with tqdm(total=len(questions), initial=len(done), unit="question", disable=None) as bar:
+        for i in range(0, len(questions), batch_size):
+            batch = questions[i : i + batch_size]
+            if new := [q for q in batch if q.id not in file.done]:
+                file.add(decode_questions(setup, config, batch))
+                bar.update(len(new))
+            right = [won(file.done[q.id]) for q in questions if q.id in file.done]
+            bar.set_postfix(accuracy=percent(sum(right) / len(right)))
+
+
+def run_real(args: argparse.Namespace) -> None:
+    """One benchmark with the members given: one method, or with --single each member alone. Processes that torchrun
+    starts share the questions, a file each; the last one to finish finds all records, and writes the summary."""
+    rank, world, local = (int(os.environ.get(name, default))
+                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if args.task is None or args.data is None:
+        raise ValueError("--members needs --task and --data: the benchmark, and its owner's file")
+    if world > 1 and args.out is None:
+        raise ValueError("several processes need --out: a folder where their records meet")
+    benchmark, questions = BENCHMARKS[args.task], read_questions(args.task, args.data)[: args.limit]
+    grade(args.task, questions[0], "", args.run_code)  # is code to run, and may it, and can it?
+    config = config_of(args, benchmark.interval(args.score), 16, benchmark.answer_window)
+    if len(args.members) < 2 and not args.single:
+        raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
+    effective = {"task": args.task, "members": {name: str(path) for name, path in args.members.items()},
+                 "data": str(args.data), "questions": len(questions), "single": args.single,
+                 "batch_size": args.batch_size, "config": asdict(config)}  # fmt: skip
+    open_results(args.out, effective)
+    members = real_members(args.members, devices(args, local))
+    label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
+    runs = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
+    records = {}
+    for name, group in runs.items():
+        file = Records(args.out, name, rank)
+        decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
+        everything = file.of_all_ranks()
+        if len(everything) < len(questions):
+            return  # another process is still at work
+        records[name] = [everything[q.id] for q in questions]
+    finish(args, effective, real_table(records, list(args.members), benchmark))
+
+
+def devices(args: argparse.Namespace, local: int) -> list[str]:
+    """A device a member: as given, for all or for each, or GPU `local` of the host, or the CPU."""
+    default = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    given = args.device or [default]
+    if len(given) not in (1, len(args.members)):
+        raise ValueError(f"--device has {len(given)} values for {len(args.members)} members: give one, or one each")
+    for device in given:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return given * len(args.members) if len(given) == 1 else given
+
+
+def real_table(records: dict[str, list[Record]], names: list[str], benchmark: Benchmark) -> dict:
+    """Rows as in the main table, the paper's figure for the same setting beside ours where it has one."""
+    if "post-generation" in records:
+        table = main_table(records, names)
+    else:
+        table = {"rows": [row(name, [won(r) for r in own], own) for name, own in records.items()], "comparisons": []}
+    for entry in table["rows"]:
+        label = " ".join(filter(None, (entry["method"], entry["score"])))
+        entry["paper"] = paper_figure(label, names, benchmark)
+    return table
+
+
+def paper_figure(label: str, names: list[str], benchmark: Benchmark) -> float | None:
+    """The paper's accuracy in % for a row: Table 4 where a member is called a coder, else Table 3; None if it has none."""
+    coders = any("coder" in name.lower() for name in names)
+    figures = zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)
+    return next((figure for column, figure in figures if column.lower() in label.lower()), None)
+
+
+# --- answers: what the decoded answer region says, and whether it is right -------------------------------
+
+
+def _power(base, exponent):
+    """Bounded in size, so that 9^9^9^9 overflows instead of hanging."""
+    exact = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
+    if exact and abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= 4096:
+        return base ** int(exponent)
+    return complex(base) ** complex(exponent)
+
+
+_OPERATORS: dict[str, tuple[int, Callable]] = {
+    "\\cup": (0, lambda a, b: ("union", [a, b])), "=": (0, lambda a, b: ("equation", [(a - b) ** 2])), "^": (4, _power),
+    "+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv)}
+_FUNCTIONS: dict[str, Callable] = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp", "sqrt")} | {
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10,
+    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
+_CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "i": 1j, "e": math.e}
+_POINTS = [{letter: dice.uniform(-3, 3) for letter in string.ascii_letters} | _CONSTANTS
+           for dice in map(random.Random, range(3))]  # values of the letters where two answers are compared
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", "\\{": "\\}"}
+
+
+def _prefix(tokens: list[str], values: dict):
+    """One operand: number, letter, sign, function, fraction, or a bracket, which may hold several values."""
+    token = tokens.pop()
+    if token in ("+", "-"):
+        return _climb(tokens, values, 3) * (1 if token == "+" else -1)
+    if token in _CLOSING:
+        items = _items(tokens, values)
+        if (closing := tokens.pop()) not in _CLOSING[token]:
+            raise ValueError("brackets do not match")
+        return items[0] if len(items) == 1 else (token + closing, items)
+    if token == "\\frac":
+        return _prefix(tokens, values) / _prefix(tokens, values)
+    if token[1:] in _FUNCTIONS:
+        return _FUNCTIONS[token[1:]](_climb(tokens, values, 3))
+    return Fraction(token) if token[0] in "0123456789." else values[token]
+
+
+def _climb(tokens: list[str], values: dict, least: int = 0):
+    """Precedence climbing over reversed tokens; juxtaposition multiplies, though never two numbers."""
+    value = _prefix(tokens, values)
+    while tokens:
+        level, apply = _OPERATORS.get(tokens[-1], (2, operator.mul))
+        if level < least or tokens[-1] not in _OPERATORS and not re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]):
+            break
+        if tokens[-1] in _OPERATORS:
+            tokens.pop()
+        value = apply(value, _climb(tokens, values, level + (apply is not _power)))
+    return value
+
+
+def _items(tokens: list[str], values: dict) -> list:
+    items = [_climb(tokens, values)]
+    while tokens and tokens[-1] == ",":
+        tokens.pop()
+        items.append(_climb(tokens, values))
+    return items
+
+
+def evaluate(text: str, values: dict[str, complex]) -> list:
+    """Values of comma-separated arithmetic in plain form or LaTeX, `values` giving the letters theirs.
+
+    A value is a Fraction while only + - * / and small powers occur, else complex; a tuple, interval, matrix, union or
+    equation is a pair (kind, values). Raises ValueError, and nothing else, for what cannot be read or has no value.
+    """
+    try:
+        tokens = re.findall(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|\\\S|\S", text[:300].replace("**", "^"))[::-1]
+        items = _items(tokens, values)
+        if tokens or len(text) > 300:
+            raise ValueError("more follows")
+        return items
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"no value: {text[:80]!r} ({error})") from error
+
+
+_BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # with braces inside, three deep
+_NAMES = "|".join([*_FUNCTIONS, "infty", "pi", "cup"])
+_UNIT = r"(?:\s+[A-Za-z]{3,}|\s*(?:cm|mm|km|ft|in|kg))\b\.?(?:\s*\^\s*\{?\d\}?)?"
+_REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    (r",\s*\\!\s*", ""), (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 "),     # 10,\!080; \text{east}
+    (r"(?<!\\)\\(?:left|right|displaystyle|quad|degree|[Bb]ig)(?![a-z])|(?<!\\)\\[,;:!% ]", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\?\$|[~%°]", " "), (r"\\[dtc]frac", r"\\frac"), (r"[−–]", "-"), (r"π", r"\\pi "),
+    (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"), (r"√", r"\\sqrt "), (r"±|\+/-", r"\\pm "),
+    (r"∞|(?<![\\A-Za-z])infinity", r"\\infty "), (r"∪|(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"\b(?:and|or)\b", ","),
+    (rf"(?<![\\A-Za-z])({_NAMES})(?=[\d\W]|$)", r"\\\1"), (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+", ""),  # 5 cm^2
+    (r"(?:^|(?<=,))\s*[A-Za-z]\s*(?:=|∈|\\?in\b)", ""), (r"_\{(\w+)\}", r"_\1"),                # x = 5; 52_{8}
+    (r"\\frac\s*(\d)", r"\\frac{\1}"), (rf"(\\frac\s*{_BRACES})\s*(\d)", r"\1{\3}"),            # \frac43
+    (r"(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1+\2/\3)"),                                 # 1\frac{4}{5}
+    (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"\.?\s*$", ""),                        # 1 4/5
+    (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"&", ","), (r"\\\\", "],[")]]
+
+
+def _clean(text: str) -> str:
+    """One spelling for what LaTeX and plain text spell in many ways; units, currency and a leading `x =` go."""
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    text = " ".join(text.split()).removeprefix("\\{").removesuffix("\\}").strip()  # a set is a list
+    return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+
+
+def _same(a, b) -> bool:
+    """Exact for rational numbers, else to 9 digits; in unions the order does not count."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        pairs_up = _same_set if a[0] == "union" else lambda ours, theirs: all(map(_same, ours, theirs))
+        return a[0] == b[0] and len(a[1]) == len(b[1]) and pairs_up(a[1], b[1])
+    if isinstance(a, tuple) or isinstance(b, tuple):
+        return False
+    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+    return a == b if exact else cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _same_set(ours: list, theirs: list) -> bool:
+    return all(any(_same(a, b) for b in theirs) for a in ours) and all(any(_same(a, b) for a in ours) for b in theirs)
+
+
+def math_equal(answer: str, gold: str) -> bool:
+    """Whether two plain or LaTeX answers mean the same value, tuple, interval, matrix, or list in any order."""
+    if not 0 < len(answer) <= 1000:
+        return False
+    answer, gold = _clean(answer), _clean(gold)
+    if answer.replace(" ", "") == gold.replace(" ", ""):
+        return True
+    if re.fullmatch(r"\(?([A-Za-z]|[A-Za-z]{3,})\)?", gold):  # a word, a name, the letter of a choice
+        return answer.strip("()").casefold() == gold.strip("()").casefold()
+    try:
+        return all(_same_set(*([value for sign in "+-" for value in evaluate(text.replace("\\pm", sign), point)]
+                               for text in (answer, gold))) for point in _POINTS)
+    except (ValueError, OverflowError):
+        return False
+
+
+def countdown_correct(answer: str, gold: dict) -> bool:
+    """One side of the answer is an expression in + - * / with each number exactly once, and exactly the target."""
+    for side in map(_clean, answer.split("=")):
+        plain = not re.sub(r"\\frac|[0-9]|[-+*/(){} ]", "", side)
+        plain = plain and not re.search(r"\*\*|[0-9)] *[({]|\) *[0-9]|[0-9] +[0-9]", side)  # no power, nothing joined
+        with suppress(ValueError):
+            if plain and sorted(map(int, re.findall("[0-9]+", side))) == sorted(gold["numbers"]):
+                return evaluate(side, {}) == [gold["target"]]
+    return False
+
+
+def _bare(text: str) -> str:
+    """The answer without its dressing: \\boxed{}, math delimiters, Markdown, "The answer is"."""
+    boxed = re.search(r"\\boxed\s*" + _BRACES, text)
+    text = re.sub(r"(?<!\\)\\[()\[\]]|\$\$|\*\*|`", " ", boxed[1] if boxed else text).strip()
+    return re.sub(r"(?i)^(?:\W*\b(?:so|thus|the|final|correct|answer|option|choice|is)\b[\s:,]*)+", "", text).strip()
+
+
+def extract_letter(text: str) -> str:
+    """The first letter A to E that stands alone; "" if there is none."""
+    text = re.sub(r"\\(?:text|mathbf|mathrm|textbf)\b", " ", _bare(text))
+    found = re.fullmatch(r"\W*([a-e])\W*", text) or re.search(r"(?<![A-Za-z'’])([A-E])(?![A-Za-z'’])", text)
+    return found[1].upper() if found else ""
+
+
+def extract_number(text: str) -> str:
+    """The first number of the first line that has one, after its last "=": "$1,250.00 a year." gives 1250.00."""
+    line = next((line for line in _bare(text).splitlines() if re.search("[0-9]", line)), "").split("=")[-1]
+    line = re.sub(r"(?<=[0-9]),(?:\\!)?\s?(?=[0-9]{3}(?![0-9]))|\\?\$", "", line.replace("−", "-"))
+    found = re.search(r"-?\s?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", line)
+    return found[0].replace(" ", "") if found else ""
+
+
+def extract_math(text: str) -> str:
+    """The first line with anything in it, or the first matrix, as it stands."""
+    text = _bare(text)
+    matrix = re.match(r"[^\n]*?\\begin\{(\w+)\}.*?\\end\{\1\}", text, re.DOTALL)
+    return matrix[0] if matrix else text.split("\n")[0].strip()
+
+
+def extract_code(text: str) -> str:
+    """The code up to the closing fence; its indentation stays, since it may continue the prompt's function."""
+    return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
+
+
+# --- sandbox: code runs only on request, in a process of its own -----------------------------------------
+
+
+_NOBODY = 65534
+# Reads the job from stdin, limits itself, gives up root, runs the sources in one namespace and writes the token last.
+# The token is only on the interpreter's stack: no name and no frame leads to it.
+_RUNNER = r"""
+import functools, json, os, sys
+def steps():
+    import resource
+    sources, token, pipe, seconds, memory, nobody = json.loads(sys.stdin.buffer.read())
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    if os.getuid() == 0:  # no limit on processes binds root; and nobody may not walk to the library: hold it open
+        packages = (getattr(module, "__path__", None) for module in sys.modules.values())
+        for places in [sys.path, *(path for path in packages if isinstance(path, list))] * (sys.platform == "linux"):
+            places[:] = [f"/proc/self/fd/{os.open(place, os.O_RDONLY)}" for place in places if os.path.isdir(place)]
+        os.chown(".", nobody, nobody)
+        os.setgroups([])
+        os.setgid(nobody)
+        os.setuid(nobody)
+    for name, most in dict(CPU=seconds, AS=memory, FSIZE=1 << 20, NPROC=0, NOFILE=64, CORE=0).items():
+        try:
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+        except (AttributeError, ValueError, OSError):
+            pass  # a limit that this system does not have
+    space, writing = {"__name__": "program"}, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    actions = [functools.partial(exec, compile(source, "<program>", "exec"), space) for source in sources]
+    families = ("os", "socket", "subprocess", "shutil")
+    harmless = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
+    def guard(event, args):  # the program of a user has all the user's rights: no writing, killing, network
+        if event == "open" and args[2] & writing or event.split(".")[0] in families and event not in harmless:
+            raise PermissionError(event)
+    sys.addaudithook(guard)
+    return [*actions, functools.partial(os.write, pipe, token.encode())]
+for action in steps():
+    action()
+"""
+
+
+def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30) -> bool:
+    """Whether the Python `sources`, run one after the other in one namespace, all run through to their ends.
+
+    Isolated interpreter, fresh environment, temporary folder, no input, output discarded; limits on wall-clock and CPU
+    time (seconds), memory (bytes), files and processes; Linux and macOS. Success is a random token written after the
+    last source, so leaving early is failure. It contains accidents and casual mischief, not a determined attacker.
+    """
+    token, (reading, writing) = secrets.token_hex(16), os.pipe()
+    os.set_blocking(reading, False)
+    job = json.dumps([sources, token, writing, math.ceil(timeout), memory, _NOBODY]).encode()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(reading, "rb", buffering=0) as result:
+        with subprocess.Popen([sys.executable, "-I", "-B", "-c", _RUNNER], cwd=folder, stdin=subprocess.PIPE,
+                              env={"OPENBLAS_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              pass_fds=(writing,), start_new_session=True) as process:
+            os.close(writing)
+            try:
+                process.communicate(job, timeout)
+            except subprocess.TimeoutExpired:
+                return False
+            finally:
+                with suppress(ProcessLookupError, PermissionError):  # whoever is left of the session
+                    os.killpg(process.pid, signal.SIGKILL)
+        return result.read(64) == token.encode()
+
+
+@functools.lru_cache(maxsize=1)
+def check_sandbox() -> None:
+    if not run_code("import decimal", timeout=30):
+        raise ValueError("--run-code starts no isolated Python here: use Linux or macOS, root able to become nobody")
+
+
+def humaneval_correct(answer: str, gold: dict) -> bool:
+    """The prompt's imports and helpers, the answer, the tests; an answer without the function continues the prompt."""
+    name, head = gold["entry_point"], gold["prompt"][:gold["prompt"].index("def " + gold["entry_point"])]
+    if not re.search(rf"^(?:async +)?def +{name}\b|^{name} *=", answer, re.MULTILINE):
+        answer = gold["prompt"] + (answer if answer[:1].isspace() else textwrap.indent(answer, "    "))
+    return run_code(head, answer, gold["test"], f"check({name})")
+
+
+def mbpp_correct(answer: str, gold: dict) -> bool:
+    return run_code(answer, *gold["test_imports"], *gold["test_list"])
+
+
+# --- the table -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: its file, its settings (Sec. 5.1, App. A.4; lengths in tokens) and the paper's figures in %."""
+    name: str                             # as in Table 3
+    file: str                             # what the data must be, for error messages
+    template: str
+    extract: Callable[[str], str]         # decoded answer region up to EOS -> answer
+    correct: Callable[[Any, Any], bool]   # (answer, gold)
+    length: int                           # generation length: reasoning + suffix + answer
+    answer_length: int                    # our decision, the paper is silent
+    tcc_interval: int                     # n with token change count; the other scores have 16
+    table_3: tuple[float, ...] = ()       # columns as in TABLE_3 and TABLE_4; empty where the paper has no such run
+    table_4: tuple[float, ...] = ()
+    suffix: str = "\nAnswer:"
+    answer_window: int | None = None
+    subset: Sequence[str] = ()            # subjects to keep; empty keeps all
+
+    def interval(self, score: str) -> int:
+        return self.tcc_interval if score == "token_change_count" else 16
+
+
+# Our own words after simple-evals and, for Countdown, Wang et al. 2026; the two for code as App. A.3 prints them.
+_LAST = ("Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, "
+         "and nothing after it.")
+_CHOICE = f"Answer the multiple choice question below. {_LAST}\n\n{{question}}\n\n{{choices}}"
+_MATHS = f"Solve the mathematics problem below. {_LAST}\n\n{{question}}"
+_COUNTDOWN = ("Make an arithmetic expression with the value {target} from the numbers {numbers}. Use every number "
+              f"exactly once; the operations are + - * / and brackets are allowed. {_LAST}")
+_HUMANEVAL = ("Read the following function signature and docstring, and fully implement the function described. "
+              "Return only the Python function, no explanation.\n\n{prompt}")
+_MBPP = "{prompt} Your code should satisfy these tests:\n{tests}\nReturn only the Python function, no explanation."
+
+
+def _choice(question: str, choices: list[str], right: int) -> tuple[dict, str]:
+    letters = "ABCDE"[:len(choices)]
+    listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
+    form = f"LETTER', where LETTER is one of {', '.join(letters)}"
+    return {"question": question.strip(), "choices": listed, "form": form}, letters[right]
+
+
+def _parse(task: str, row: Any) -> tuple[dict, Any]:
+    """(fields of the template, gold) of one row in the owners' layout."""
+    if task in ("mmlu", "mmlu-star"):
+        question, a, b, c, d, letter = row
+        return _choice(question, [a, b, c, d], ("A", "B", "C", "D").index(letter))
+    if task == "arc-challenge":  # 3 to 5 choices, labelled by letters or by numbers; the prompt has letters
+        labels, texts = zip(*((choice["label"], choice["text"]) for choice in row["question"]["choices"]))
+        return _choice(row["question"]["stem"], list(texts), labels.index(row["answerKey"]))
+    if task == "winogrande":
+        question = "Which choice belongs in the place of the _ in this sentence?\n" + row["sentence"]
+        return _choice(question, [row["option1"], row["option2"]], ("1", "2").index(row["answer"]))
+    if task == "gsm8k":
+        gold = str(Fraction(row["answer"].split("####")[1].strip().replace(",", "")))
+        return {"question": row["question"], "form": "NUMBER', where NUMBER is the number alone"}, gold
+    if task == "math500":
+        return {"question": row["problem"], "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, row["answer"]
+    if task == "humaneval":
+        row["prompt"].index("def " + row["entry_point"])  # ValueError if it is not there
+        return {"prompt": row["prompt"]}, {key: row[key] for key in ("prompt", "entry_point", "test")}
+    if task == "countdown":
+        return _parse_countdown(row)
+    tests = {key: row[key] for key in ("test_imports", "test_list")}
+    return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
+
+
+def _parse_countdown(row: dict) -> tuple[dict, dict]:
+    """The paper's set {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's input, target as output."""
+    numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
+    target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
+    gold: dict[str, Any] = {"numbers": [int(number) for number in numbers], "target": int(target)}
+    form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
+    return {"numbers": ", ".join(map(str, gold["numbers"])), "target": gold["target"], "form": form}, gold
+
+
+MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
+    "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security "
+    "conceptual_physics elementary_mathematics high_school_biology high_school_computer_science "
+    "high_school_european_history high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology high_school_us_history "
+    "high_school_world_history human_aging human_sexuality international_law jurisprudence logical_fallacies "
+    "management marketing medical_genetics miscellaneous nutrition philosophy prehistory public_relations "
+    "security_studies sociology us_foreign_policy world_religions")
+
+_general = functools.partial(Benchmark, template=_CHOICE, extract=extract_letter, correct=operator.eq, length=128,
+                             answer_length=16, tcc_interval=32)
+_maths = functools.partial(Benchmark, template=_MATHS, correct=math_equal, tcc_interval=16)
+_code = functools.partial(Benchmark, extract=extract_code, length=512, answer_length=480, tcc_interval=32,
+                          suffix="```python\n", answer_window=8)
+_MMLU = "MMLU's test csv (question, four choices, letter), or a folder of them"
+
+TABLE_3 = ("LLaDA", "Dream", "post-generation", "tie token_change_count", "tie top1_probability",
+           "tie negative_entropy", "tie probability_margin")
+TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
+BENCHMARKS: dict[str, Benchmark] = {
+    "mmlu": _general("MMLU", _MMLU, table_3=(61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)),
+    "mmlu-star": _general("MMLU*", _MMLU, subset=MMLU_STAR.split(),
+                          table_3=(71.45, 77.37, 77.92, 78.12, 77.69, 78.12, 77.61)),
+    "arc-challenge": _general("ARC-C", "ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)",
+                              table_3=(85.15, 86.69, 88.57, 89.16, 88.82, 88.57, 88.74)),
+    "winogrande": _general("WinoGrande", "WinoGrande's dev.jsonl (sentence, option1, option2, answer)",
+                           table_3=(71.59, 72.22, 73.72, 72.85, 73.95, 71.90, 73.88)),
+    "gsm8k": _maths("GSM8K", "GSM8K's test.jsonl (question, answer with ####)", extract=extract_number, length=256,
+                    answer_length=16, table_3=(78.77, 78.39, 80.29, 83.47, 82.71, 83.62, 82.56)),
+    "math500": _maths("MATH500", "MATH500's test.jsonl (problem, answer)", extract=extract_math, length=512,
+                      answer_length=64, table_3=(37.4, 48.0, 43.0, 48.6, 47.0, 45.2, 48.4)),
+    "humaneval": _code("HumanEval", "HumanEval.jsonl, gzipped or not", template=_HUMANEVAL, correct=humaneval_correct,
+                       table_3=(45.73, 61.59, 55.49, 54.27, 57.32, 57.93, 57.32), table_4=(72.56, 70.12, 72.56, 72.56)),
+    # The paper's figures are multiples of 1/427: it runs all of sanitized MBPP, not the test split alone.
+    "mbpp": _code("MBPP", "sanitized-mbpp.json", template=_MBPP, correct=mbpp_correct,
+                  table_3=(53.16, 63.23, 62.53, 64.17, 62.06, 62.76, 62.06), table_4=(75.88, 72.60, 76.11, 76.58)),
+    "countdown": Benchmark("Countdown", "a Countdown jsonl (input and output, or nums and target)", template=_COUNTDOWN,
+                           extract=extract_math, correct=countdown_correct, length=256, answer_length=32,
+                           tcc_interval=32, table_3=(13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6))}
+
+
+# --- reading and grading ---------------------------------------------------------------------------------
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a csv, JSON or JSON lines file, gzipped or not."""
+    place = str(path)
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        if path.suffix == ".csv":
+            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+            for row in reader:
+                place = f"{path}, line {reader.line_num}"
+                yield place, row
+        elif text.lstrip().startswith("["):
+            yield from ((f"{path}, item {k}", row) for k, row in enumerate(json.loads(text), 1))
+        else:
+            for k, line in enumerate(text.split("\n"), 1):
+                place = f"{path}, line {k}"
+                if line.strip():
+                    yield place, json.loads(line)
+    except (OSError, EOFError, zlib.error, csv.Error, RecursionError, ValueError) as error:
+        raise ValueError(f"{place}: cannot be read, fetch the file from its owners again ({error})") from error
+
+
+def read_questions(task: str, path: str | Path) -> list[Question]:
+    """The questions of a task (a key of BENCHMARKS) from the owners' file; ValueError names file, line and the mend."""
+    if task not in BENCHMARKS:
+        raise ValueError(f"no task {task!r}: choose one of {', '.join(BENCHMARKS)}")
+    benchmark, path, questions = BENCHMARKS[task], Path(path), dict[str, Question]()
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        subject = re.sub(r"_(test|val|dev)$", "", file.stem)
+        for k, (place, row) in enumerate(_rows(file)):
+            try:
+                fields, gold = _parse(task, row)
+                key = next((row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row), f"{subject}/{k}")
+                if any(value == "" or not isinstance(value, (str, int)) for value in [*fields.values(), key]):
+                    raise ValueError("an empty or wrong value")
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{place}: not a row for {task} ({error!r}); give {benchmark.file}") from error
+            if benchmark.subset and subject not in benchmark.subset:
+                continue
+            if str(key) in questions:
+                raise ValueError(f"{place}: {key!r} was there before; give every question once")
+            questions[str(key)] = Question(str(key), benchmark.template.format(**fields), gold)
+    if not questions:
+        raise ValueError(f"{path}: no question for {task}; give {benchmark.file}")
+    return list(questions.values())
+
+
+def grade(task: str, question: Question, text: str, run_code: bool = False) -> tuple[str, bool]:
+    """(answer, whether it is right) from the decoded answer region up to EOS; code is run, and only where asked for."""
+    benchmark = BENCHMARKS[task]
+    if benchmark.extract is extract_code and not run_code:
+        raise ValueError(f"grading {task} runs the model's code: pass --run-code to allow it")
+    if run_code:
+        check_sandbox()
+    answer = benchmark.extract(text)
+    return answer, benchmark.correct(answer, question.gold)
+
+
+# --- command line ---------------------------------------------------------------------------------------
+
+
+def toy_folder(args: argparse.Namespace) -> Path:
+    return args.checkpoints / f"toy-seed{args.seed}"
+
+
+def config_of(args: argparse.Namespace, interval: int, block_size: int, answer_window: int | None = None) -> tie.Config:
+    """The algorithm's settings: as given, else the defaults of the task."""
+    return tie.Config(
+        interval=interval if args.interval is None else args.interval, score=args.score, top_k=args.top_k,
+        block_size=block_size if args.block_size is None else args.block_size, threshold=args.threshold,
+        selection=args.selection, answer_window=answer_window,
+    )  # fmt: skip
+
+
+def run_toy(args: argparse.Namespace) -> None:
+    """The main table, or the trace, on toy members that are trained where there are none yet."""
+    settings = train_toy.Settings(seed=args.seed, steps=args.steps)
+    config = config_of(args, interval=8, block_size=8)
+    available = len(train_toy.all_problems("test"))
+    for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
+        if not 1 <= count <= available:
+            raise ValueError(f"{name} {count}: give 1 to {available}, the size of the toy's test split")
+    names = tuple(train_toy.NAMES[:2])
+    effective = {"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
+                 "batch_size": args.batch_size, "config": asdict(config), "training": asdict(settings)}  # fmt: skip
+    open_results(args.out, effective)
+    train_toy.train_members(settings, toy_folder(args), members=len(names))
+    if args.trace:
+        show_trace(toy_folder(args), names, config, train_toy.problems("test", args.trace, seed=args.problem_seed))
+    else:
+        finish(args, effective, main_table(decode_toy(args, toy_methods(config), names), names))
+
+
+def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
+    """Print the table, for a person or as JSON, and write it beside the records."""
+    count = effective.get("problems") or effective["questions"]
+    summary = {"settings": effective, "problems": count, **environment(), **table}
+    if args.out:
+        write_json(args.out / "summary.json", summary)
+    if args.json:
+        print(json.dumps(summary))
+    else:
+        config = effective["config"]
+        print(f"{effective['task']}: {count} problems, n = {config['interval']}, blocks of {config['block_size']}")
+        show_table(table)
+
+
+def member_folder(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return name, Path(path)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    text, _, examples = (__doc__ or "").partition("Examples:\n")
+    parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
+                              allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--interval", type=int, help="n, steps between two relays (default: 8 on the toy; the paper's for a benchmark)")
+    add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 8 on the toy; 16)")
+    add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
+    add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
+    add("--selection", default="lowest_tcc", choices=tie.SELECTIONS, help="final response (default: %(default)s)")
+    add("--score", default="token_change_count", choices=tie.SCORES,
+        help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
+    add("--batch-size", type=int, default=50, help="questions decoded together (default: %(default)s)")
+    add("--out", type=Path, help="folder for records and summary; an interrupted run goes on where it stopped")
+    add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    toy = parser.add_argument_group("toy").add_argument
+    toy("--problems", type=int, default=1000, help="test problems (default: %(default)s)")
+    toy("--problem-seed", type=int, default=0, help="which test problems are drawn (default: %(default)s)")
+    toy("--seed", type=int, default=0, help="training seed of the members (default: %(default)s)")
+    toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
+    toy("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
+    toy("--trace", type=int, metavar="N", help="show N decodings round by round instead of the table")
+    real = parser.add_argument_group("real checkpoints").add_argument
+    real("--members", nargs="+", type=member_folder, metavar="NAME=FOLDER", help="LLaDA and Dream folders")
+    real("--task", choices=BENCHMARKS, help="benchmark")
+    real("--data", type=Path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
+    real("--limit", type=int, help="only the first questions")
+    real("--device", nargs="+", help="a device for all members, or one each (default: a GPU where there is one)")
+    real("--single", action="store_true", help="every member alone, instead of the ensemble")
+    real("--run-code", action="store_true", help="allow to run the code that the models write")
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("batch_size", "limit", "trace"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.json and args.trace:
+        parser.error("--trace prints no JSON: leave out one of --trace and --json")
+    for name in ("task", "data", "limit", "device", "single", "run_code"):
+        if getattr(args, name) and not args.members:
+            parser.error(f"--{name.replace('_', '-')} is for real checkpoints: give --members too")
+    names = [name for name, _ in args.members or []]
+    if len(set(names)) < len(names):
+        parser.error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
+    args.members = dict(args.members or [])
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse(argv)
+        run_real(args) if args.members else run_toy(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval.py: interrupted; with --out the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
