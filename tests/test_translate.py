@@ -129,14 +129,20 @@ def test_broken_characters_become_one_mask_a_token_and_never_a_replacement_chara
 
 
 def test_rows_left_out_and_rows_that_do_not_fit_keep_the_receivers_state():
-    sender, receiver = member(LONG), member(SHORT)
-    row, one = LONG.encode(TEXTS[2]), LONG.encode("1")  # SHORT has single bytes alone for the first
-    tokens, whole = torch.tensor([row, row, one * len(row)]), slice(0, len(row))
-    own = Canvas.blank([[1]] * 3, [2], len(row), 0, mask_id=receiver.mask_id, pad_id=0)
-    state = (tokens, tokens < 0, whole, slice(len(row), len(row)))
-    got, fits = tie.translate(*state, sender, receiver, own, torch.tensor([True, False, True]))
+    one, row = LONG.encode("1"), LONG.encode(TEXTS[2])  # SHORT has single bytes alone for the second
+    tokens = torch.tensor([one + row, one + one * len(row), one + one * len(row)])
+    own = Canvas.blank([[1]] * 3, [2], 1, len(row), mask_id=SHORT.size, pad_id=0)
+    state = (tokens, tokens < 0, slice(0, 1), slice(1, 1 + len(row)), member(LONG), member(SHORT), own)
+    got, fits = tie.translate(*state, torch.tensor([True, False, True]))
     assert fits.tolist() == [False, False, True] and torch.equal(got.tokens[:2], own.tokens[:2])
-    assert got.masked.any(1).tolist() == [True, True, False]
+    assert torch.equal(got.masked[:2], own.masked[:2]) and not got.masked[2].any()
+
+
+def test_half_a_character_that_a_broken_neighbour_leaves_behind_is_masked_too():
+    class Bytes:
+        decode = staticmethod(lambda ids: b"".join([b"\xc3", b"\xa9\xff"][i] for i in ids))  # e-acute, then no UTF-8
+
+    assert tell([0, 1], Member(None, 2, 3, codec=Bytes()), member(SHORT), 3) == [None, None, SHORT.size + 1]
 
 
 def canvas_for(receiver: Member, reasoning: int, answer: int) -> Canvas:
