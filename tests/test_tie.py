@@ -443,6 +443,12 @@ def bad_inputs():
         yield message, partial(tie.ensemble, members, canvases, chosen)
 
 
+def test_prompts_are_padded_on_the_left_and_a_threshold_may_be_one():
+    canvas = Canvas.blank([[3, 4, 5], [6]], [7], 2, 1, mask_id=0, pad_id=9)
+    assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]] and Config(threshold=1).threshold == 1
+    assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
+
+
 @pytest.mark.parametrize("message, refused", list(bad_inputs()))
 def test_bad_input_gives_one_line_that_names_the_member_or_the_setting(message, refused):
     with pytest.raises(ValueError, match=message) as error:
