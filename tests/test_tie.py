@@ -58,6 +58,7 @@ def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS, begun=True, **fixed):
             given_ = torch.rand(c.masked.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
             given_[:, : c.reasoning.start] = given_[:, c.reasoning.stop :] = False
             c.tokens[given_], c.masked[given_] = 3, False
+            c.tokens[c.masked] = 4  # what stands under a mask is of no account
     choices = {
         "interval": st.sampled_from([1, 2, 3, 3, 4, 5, 6, 99]), "block_size": st.integers(1, 6),
         "score": st.sampled_from(SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
@@ -187,6 +188,20 @@ def test_answers_stay_masked_until_reasoning_is_done(problem):
     canvas = problem.canvases[0]
     for masked in [masked for state in watch(problem).rounds for masked in state["masked"]]:
         assert masked[masked[:, canvas.reasoning].any(1)][:, canvas.answer].all()
+
+
+def test_answers_wait_for_a_reasoning_that_is_shorter_than_its_block():
+    problem = [Member(Constant([0.0, 1.0, 3.0]), 0, 1)], [Canvas.blank([[]], [], 2, 3, mask_id=0, pad_id=1)]
+    seen = watch(Problem(*problem, Config(block_size=5, interval=1, threshold=0.5)))
+    assert [x["masked"][0].tolist() for x in seen.rounds] == [[[False] * 2 + [True] * 3], [[False] * 5]]
+
+
+def test_a_step_made_for_a_neighbours_sake_is_no_comparison():
+    moods = torch.eye(10)[4] * torch.tensor([[1.0], [20.0]])
+    sure = Member(lambda x, positions, _: moods[(x[:, 0] == 3).long()][:, None].expand(*positions.shape, -1), 0, 1)
+    members = [sure, Member(Constant(moods[0].tolist()), 0, 1)]
+    canvas = Canvas.blank([[3], [6]], [], 0, 3, mask_id=0, pad_id=1)
+    assert tie.ensemble(members, [canvas] * 2, Config(threshold=0.9)).winner[0] == 1  # member 0 made one step of row 0
 
 
 @st.composite
@@ -349,8 +364,9 @@ def test_forwards_are_counted_as_the_denoisers_saw_them_and_cost_what_the_paper_
         sizes = [region.stop - region.start for region in (canvas.reasoning, canvas.answer)]
         blocks = [min(config.block_size, size - at) for size in sizes for at in range(0, size, config.block_size)]
         T, rounds = sum(-(-masks // config.top_k) for masks in blocks), len(seen.result.leaders)
+        assert rounds == (T - 1) // config.interval and seen.rounds[-1]["step"] == T
         extra = 0 if config.score == "token_change_count" else M - 1 if config.cross_model else 1
-        assert rounds == (T - 1) // config.interval and seen.result.forwards == M * T + rounds * M * extra
+        assert seen.result.forwards == M * T + rounds * M * extra
 
 
 @given(problems())
@@ -445,7 +461,8 @@ def bad_inputs():
 
 def test_prompts_are_padded_on_the_left_and_a_threshold_may_be_one():
     canvas = Canvas.blank([[3, 4, 5], [6]], [7], 2, 1, mask_id=0, pad_id=9)
-    assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]] and Config(threshold=1).threshold == 1
+    assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]]
+    assert Config(threshold=1).threshold == 1
     assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
 
 
