@@ -5,7 +5,7 @@ Examples:
     python eval.py --trace 3                         three decodings, round by round
     python eval.py --problems 300 --json             one JSON object on stdout
     python eval.py --seed 1 --out results/seed1      records on disk; the same command goes on after an interruption
-    python eval.py --members llada=LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out results/gsm8k
+    python eval.py --members llada=LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out gsm8k
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[
         records.append({
             "id": question.id, "gold": question.gold, "answers": answers, "correct": correct, "texts": texts,
             "winner": int(result.winner[b]), "leaders": [m for m in result.leaders[:, b].tolist() if m >= 0],
-            "tcc": result.tcc[:, b].tolist(), "top1": [x if math.isfinite(x) else None for x in result.top1[:, b].tolist()],
-            "forwards": result.forwards,
+            "tcc": result.tcc[:, b].tolist(), "forwards": result.forwards,
+            "top1": [x if math.isfinite(x) else None for x in result.top1[:, b].tolist()],
         })  # fmt: skip
     return records
 
@@ -163,7 +163,7 @@ def accuracy(correct: Iterable[bool]) -> dict:
     right = np.array(list(correct), dtype=float)
     n, p, z = len(right), right.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"accuracy": float(p), "ci95": [float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))]}
+    return {"accuracy": float(p), "ci95": [float((centre + side * half) / (1 + z * z / n)) for side in (-1, 1)]}
 
 
 def paired(name: str, correct: Iterable[bool], reference: Iterable[bool]) -> dict:
@@ -204,8 +204,12 @@ def toy_setup(folder: str | Path, names: Iterable[str]) -> Setup:
     for name in names:
         model, config = mdlm.load(Path(folder) / name)
         members.append(tie.Member(model, config.mask_id, config.eos_id, name))
-    return Setup(members, lambda questions: [toy_canvas([q.prompt for q in questions])] * len(members),
-                 lambda m, ids: train_toy.decode(ids), lambda question, answer: (answer, answer == question.gold))  # fmt: skip
+    return Setup(
+        members,
+        canvases=lambda questions: [toy_canvas([q.prompt for q in questions])] * len(members),
+        text=lambda m, ids: train_toy.decode(ids),
+        grade=lambda question, answer: (answer, answer == question.gold),
+    )
 
 
 def toy_canvas(prompts: list[str]) -> tie.Canvas:
@@ -236,7 +240,9 @@ def workers(jobs: int) -> Iterator[Callable]:
             raise
 
 
-def decode_toy(args: argparse.Namespace, methods: dict[str, tie.Config], names: tuple[str, ...]) -> dict[str, list[Record]]:
+def decode_toy(
+    args: argparse.Namespace, methods: dict[str, tie.Config], names: tuple[str, ...]
+) -> dict[str, list[Record]]:
     """Records of every method on the same test problems, in their order; methods differ in their Config only."""
     problems = train_toy.problems("test", args.problems, seed=args.problem_seed)
     batches = [tuple(problems[i : i + args.batch_size]) for i in range(0, len(problems), args.batch_size)]
@@ -337,8 +343,9 @@ def show_round(state: dict, names: Sequence[str]) -> None:
     for m, name in enumerate(names):
         ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])[train_toy.PROMPT_LENGTH :]
         score, leads = float(state["scores"][m, 0]), int(state["leader"][0]) == m
-        line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist()) + (f" {score:8.3f}" if math.isfinite(score) else "")
-        print(f"  {name} {line}{'  leads, relayed to all' if leads else ''}")
+        line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist())
+        said = f" {score:8.3f}" if math.isfinite(score) else ""
+        print(f"  {name} {line}{said}{'  leads, relayed to all' if leads else ''}")
 
 
 # --- real checkpoints on the paper's benchmarks -----------------------------------------------------
@@ -349,7 +356,8 @@ def real_members(folders: dict[str, Path], devices: list[str]) -> list[tie.Membe
     codecs: list[mdlm.TextCodec] = []
     for folder in folders.values():
         codec = mdlm.load_codec(folder)
-        alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == (codec.vocabulary, codec.mask_id, codec.eos_id)]
+        ids = (codec.vocabulary, codec.mask_id, codec.eos_id)
+        alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == ids]
         codecs.append([*alike, codec][0])  # equal vocabularies share a codec, and relay ids as they are
     return [tie.Member(mdlm.load(folder, device)[0], codec.mask_id, codec.eos_id, name, codec)
             for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
@@ -363,7 +371,7 @@ def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
         codec, model = member.codec, member.denoise
         prompts, suffix = [codec.encode_prompt(q.prompt) for q in questions], codec.encode(benchmark.suffix)
         if (longest := max(map(len, prompts)) + benchmark.length) > model.config.max_length:
-            raise ValueError(f"{member}: a prompt and its generation take {longest} tokens, over {model.config.max_length}")
+            raise ValueError(f"{member}: prompt and generation take {longest} tokens, over {model.config.max_length}")
         reasoning_length = benchmark.length - len(suffix) - benchmark.answer_length
         ids = {"mask_id": codec.mask_id, "pad_id": codec.pad_id, "device": model.embed.weight.device}
         return tie.Canvas.blank(prompts, suffix, reasoning_length, benchmark.answer_length, **ids)
@@ -372,8 +380,12 @@ def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
         codec: Any = members[m].codec
         return codec.decode([*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]).decode(errors="replace")
 
-    return Setup(members, lambda questions: [canvas(member, questions) for member in members], text,
-                 lambda question, answer: grade(task, question, answer, run_code))  # fmt: skip
+    return Setup(
+        members,
+        canvases=lambda questions: [canvas(member, questions) for member in members],
+        text=text,
+        grade=lambda question, answer: grade(task, question, answer, run_code),
+    )
 
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
@@ -448,7 +460,7 @@ def real_table(records: dict[str, list[Record]], names: list[str], benchmark: Be
 
 
 def paper_figure(label: str, names: list[str], benchmark: Benchmark) -> float | None:
-    """The paper's accuracy in % for a row: Table 4 where a member is called a coder, else Table 3; None if it has none."""
+    """The paper's accuracy in % for a row, if it has one: Table 4 where a member is called a coder, else Table 3."""
     coders = any("coder" in name.lower() for name in names)
     figures = zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)
     return next((figure for column, figure in figures if column.lower() in label.lower()), None)

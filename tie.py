@@ -172,11 +172,11 @@ def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor
     return positions, canvas.masked.gather(1, positions) & (positions < end)
 
 
-def steps_left(canvas: Canvas, ends: Tensor, top_k: int) -> int:
-    """Steps until the last row is complete, at `top_k` tokens a step; no step crosses a block."""
+def steps_left(canvas: Canvas, ends: Tensor, top_k: int) -> Tensor:
+    """(B,) steps until each row is complete, at `top_k` tokens a step; no step crosses a block."""
     masks = torch.zeros(len(canvas.tokens), len(ends) + 1, dtype=torch.int64, device=ends.device)
     masks = masks.scatter_add(1, ends.expand_as(canvas.tokens), canvas.masked.long())  # (B, L + 1), by block end
-    return int(((masks + top_k - 1) // top_k).sum(1).max())
+    return ((masks + top_k - 1) // top_k).sum(1)
 
 
 def mean_over(values: Tensor, counted: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ def generate(runs: list[Run], config: Config) -> int:
     With a fixed quota nothing in here waits for a device, so members on different devices overlap. With a threshold
     the number of steps depends on the data: the host asks once a step which members still have masks.
     """
-    left = [steps_left(run.canvas, run.ends, config.top_k) for run in runs]
+    left = [int(steps_left(run.canvas, run.ends, config.top_k).max()) for run in runs]
     for step in range(config.interval):
         if config.threshold is not None:
             left = [step + int(run.canvas.masked.any()) for run in runs]
@@ -456,15 +456,15 @@ def ensemble(
     _check(members, canvases, config)
     runs = [Run(member, canvas, config) for member, canvas in zip(members, canvases)]
     home = canvases[0].tokens.device
-    # A relay between vocabularies can give masks back; as many relays as masks at most keep the end certain.
-    limit = stack_on(home, [canvas.masked.sum(1) for canvas in canvases]).amax(0)  # (B,)
+    # A relay between vocabularies can give masks back: none after twice the steps of a member alone, so that it ends.
+    limit = 2 * stack_on(home, [steps_left(run.canvas, run.ends, config.top_k) for run in runs]).amax(0)  # (B,)
     ended = torch.zeros_like(limit, dtype=torch.bool)  # (B,) no more relays
     relays: list[tuple[Tensor, Tensor]] = []  # leader (B,), scores (M, B)
     step = rounds = not_relayed = 0
     while not all(bool(run.canvas.complete.all()) for run in runs):
         step += generate(runs, config)
         scores, top1 = (stack_on(home, part) for part in zip(*[run.close_round() for run in runs]))  # (M, B)
-        ended = ended | stack_on(home, [run.canvas.complete for run in runs]).any(0) | (limit <= len(relays))
+        ended = ended | stack_on(home, [run.canvas.complete for run in runs]).any(0) | (limit <= step)
         last = bool(ended.all())  # no relay follows the last stretch
         heard: list = []
         if config.score != "token_change_count" and not last:
