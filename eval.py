@@ -5,6 +5,9 @@ Examples:
     python eval.py --trace 3                         three decodings, round by round
     python eval.py --problems 300 --json             one JSON object on stdout
     python eval.py --seed 1 --out results/seed1      records on disk; the same command goes on after an interruption
+    python eval.py --table 1 9 --overconfident B=4   tables of the paper on the toy, its own figures beside ours
+    python eval.py --table all --seeds 3 --out results   all of them, over three trainings
+    python eval.py --figure figures                  Fig. 1 and Fig. 3 as PNG
     python eval.py --members llada=LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out gsm8k
 """
 
@@ -49,7 +52,7 @@ import mdlm
 import tie
 import train_toy
 
-Record = dict[str, Any]  # one question's: id, gold, answers, correct, texts, winner, leaders, tcc, top1, forwards
+Record = dict[str, Any]  # one question's: id, gold, answers, correct, texts, winner, leaders, scores, tcc, top1, forwards
 
 
 # --- decoding questions ---------------------------------------------------------------------------
@@ -84,9 +87,14 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[
             "id": question.id, "gold": question.gold, "answers": answers, "correct": correct, "texts": texts,
             "winner": int(result.winner[b]), "leaders": [m for m in result.leaders[:, b].tolist() if m >= 0],
             "tcc": result.tcc[:, b].tolist(), "forwards": result.forwards,
-            "top1": [x if math.isfinite(x) else None for x in result.top1[:, b].tolist()],
+            "scores": [finite(relay) for relay in result.scores[:, :, b]], "top1": finite(result.top1[:, b]),
         })  # fmt: skip
     return records
+
+
+def finite(values: torch.Tensor) -> list[float | None]:
+    """JSON knows no infinity."""
+    return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
 class Records:
@@ -190,26 +198,43 @@ def won(record: Record) -> bool:
 
 @dataclass(frozen=True)
 class ToyJob:
-    """One batch of toy problems, for any process to decode."""
+    """A decoding of toy problems, or a batch of it, for any process."""
 
     folder: str
     names: tuple[str, ...]
     config: tie.Config
     problems: tuple[train_toy.Problem, ...]
+    overconfident: tuple[str, float] | None = None  # a member, and the factor on its logits
+    restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
 
 
-def toy_setup(folder: str | Path, names: Iterable[str]) -> Setup:
-    """Members from their folders below `folder`, all of one vocabulary."""
-    members = []
-    for name in names:
-        model, config = mdlm.load(Path(folder) / name)
-        members.append(tie.Member(model, config.mask_id, config.eos_id, name))
+def toy_setup(job: ToyJob) -> Setup:
+    """Members from their folders below the job's, all of one vocabulary."""
+    members = [toy_member(job, name) for name in job.names]
+
+    def canvases(questions: list[Question]) -> list[tie.Canvas]:
+        canvas = toy_canvas([q.prompt for q in questions])
+        return [restarted(job, canvas) if job.restart else canvas] * len(members)
+
     return Setup(
-        members,
-        canvases=lambda questions: [toy_canvas([q.prompt for q in questions])] * len(members),
-        text=lambda m, ids: train_toy.decode(ids),
+        members, canvases, text=lambda m, ids: train_toy.decode(ids),
         grade=lambda question, answer: (answer, answer == question.gold),
-    )
+    )  # fmt: skip
+
+
+def toy_member(job: ToyJob, name: str) -> tie.Member:
+    model, config = mdlm.load(Path(job.folder) / name)
+    sharp, factor = job.overconfident or ("", 1)
+    denoise = (lambda *inputs: factor * model(*inputs)) if name == sharp else model
+    return tie.Member(denoise, config.mask_id, config.eos_id, name)
+
+
+def restarted(job: ToyJob, canvas: tie.Canvas) -> tie.Canvas:
+    """The canvas as the member that `restart` names, decoding alone, has it after the steps given there."""
+    name, steps = job.restart or ("", 0)
+    states: list[dict] = []
+    tie.ensemble([toy_member(job, name)], [canvas], replace(job.config, interval=steps), states.append)
+    return replace(canvas, tokens=states[0]["tokens"][0], masked=states[0]["masked"][0])
 
 
 def toy_canvas(prompts: list[str]) -> tie.Canvas:
@@ -222,7 +247,7 @@ def toy_canvas(prompts: list[str]) -> tie.Canvas:
 def decode_job(job: ToyJob) -> list[Record]:
     torch.set_num_threads(1)  # the jobs share the cores
     questions = [Question(p.prompt, p.prompt, p.answer) for p in job.problems]
-    return decode_questions(toy_setup(job.folder, job.names), job.config, questions)
+    return decode_questions(toy_setup(job), job.config, questions)
 
 
 @contextmanager
@@ -240,28 +265,30 @@ def workers(jobs: int) -> Iterator[Callable]:
             raise
 
 
-def decode_toy(
-    args: argparse.Namespace, methods: dict[str, tie.Config], names: tuple[str, ...]
-) -> dict[str, list[Record]]:
-    """Records of every method on the same test problems, in their order; methods differ in their Config only."""
-    problems = train_toy.problems("test", args.problems, seed=args.problem_seed)
-    batches = [tuple(problems[i : i + args.batch_size]) for i in range(0, len(problems), args.batch_size)]
-    files = {name: Records(args.out, name) for name in methods}
-    todo = [(name, ToyJob(str(toy_folder(args)), names, config, batch)) for name, config in methods.items()
-            for batch in batches if any(p.prompt not in files[name].done for p in batch)]  # fmt: skip
+def decode_toy(args: argparse.Namespace, runs: dict[str, ToyJob]) -> dict[str, list[Record]]:
+    """Records of every run, in the order of its problems."""
+    files = {name: Records(args.out, name + (" {}={:g}".format(*job.overconfident) if job.overconfident else ""))
+             for name, job in runs.items()}  # fmt: skip
+    batches = [(name, replace(job, problems=job.problems[i : i + args.batch_size]))
+               for name, job in runs.items() for i in range(0, len(job.problems), args.batch_size)]  # fmt: skip
+    todo = [(name, job) for name, job in batches if any(p.prompt not in files[name].done for p in job.problems)]
     total = sum(len(job.problems) for _, job in todo)
     with tqdm(total=total, unit="problem", disable=None) as bar, workers(len(todo)) as pool:
         for (name, job), records in zip(todo, pool(decode_job, [job for _, job in todo])):
             bar.set_description(name)
             files[name].add(records)
             bar.update(len(records))
-    return {name: [file.done[p.prompt] for p in problems] for name, file in files.items()}
+    return {name: [files[name].done[p.prompt] for p in job.problems] for name, job in runs.items()}
 
 
-def toy_methods(config: tie.Config) -> dict[str, tie.Config]:
+METHODS = ("post-generation", *(f"tie {score}" for score in tie.SCORES))  # of the main table
+TOY_STEPS = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # T, at one token a step
+
+
+def toy_methods(job: ToyJob) -> dict[str, ToyJob]:
     """The rows of the main table. With n >= T no relay takes place: members alone, and post-generation (Table 3)."""
-    alone = replace(config, interval=train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH)
-    return {"post-generation": alone} | {f"tie {score}": replace(config, score=score) for score in tie.SCORES}
+    fields: list[dict] = [{"interval": TOY_STEPS}, *({"score": score} for score in tie.SCORES)]
+    return {name: replace(job, config=replace(job.config, **own)) for name, own in zip(METHODS, fields)}
 
 
 def row(name: str, correct: list[bool], records: list[Record], share: float = 1) -> dict:
@@ -275,7 +302,7 @@ def row(name: str, correct: list[bool], records: list[Record], share: float = 1)
 def main_table(records: dict[str, list[Record]], names: Sequence[str]) -> dict:
     """Rows and comparisons of the main table, as `--json` prints them, from the records of its methods."""
     alone = records["post-generation"]
-    members = {f"member {name}": [r["correct"][m] for r in alone] for m, name in enumerate(names)}
+    members = member_answers(alone, names)
     best = max(members, key=lambda name: sum(members[name]))
     rows = [row(name, correct, alone, 1 / len(names)) for name, correct in members.items()]
     rows.append(row("oracle", [any(r["correct"]) for r in alone], alone))
@@ -287,6 +314,10 @@ def main_table(records: dict[str, list[Record]], names: Sequence[str]) -> dict:
             comparisons.append(paired(f"{name} - post-generation", right[name], right["post-generation"]))
     tcc = [{"member": name, **split_tcc(alone, m)} for m, name in enumerate(names)]
     return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
+
+
+def member_answers(alone: list[Record], names: Sequence[str]) -> dict[str, list[bool]]:
+    return {f"member {name}": [r["correct"][m] for r in alone] for m, name in enumerate(names)}
 
 
 def split_tcc(records: list[Record], m: int) -> dict:
@@ -320,13 +351,361 @@ def show_table(table: dict) -> None:
         print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
 
 
+# --- the paper's tables on the toy --------------------------------------------------------------------
+
+TITLES = {
+    "1": "token change count C(T) of correct and of incorrect answers",
+    "2": "correction rate after a restart from another member's correct trajectory, %",
+    "3": "main result, accuracy % / forwards",
+    "5": "model change rate, % of relays whose leader differs from the relay before",
+    "6": "ensemble interval n, accuracy %",
+    "7": "accelerated decoding, accuracy % / forwards",  # a member's forwards: the mean over members
+    "8": "normalisation of the token change count, accuracy %",
+    "9": "source-only and cross-model scoring, accuracy %",
+    "10": "final selection, accuracy %; the best model is the best on validation problems",
+}
+PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {  # columns; rows
+    "1": (("correct", "incorrect"), {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19),
+                                     "LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)}),
+    "2": (("first 33 %", "first 50 %"), {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57),
+                                         "LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)}),
+    "8": (("without", "with"), {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)}),
+    "9": (("source-only", "cross-model"), {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)}),
+    "10": (("lowest C~", "best model", "most selected"), {"GSM8K": (83.47, 81.65, 83.17)}),
+}  # fmt: skip
+TCC, *LOGIT = METHODS[1:]
+PLAIN = "post-generation plain count"
+SHARES = (33, 50)  # Table 2: percent of the other's trajectory
+INTERVALS = {4: 8, 8: 16, 16: 32}  # Table 6: n on the toy, T = 38, and in the paper, T = 256
+SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """What tables and figures are made from."""
+
+    names: tuple[str, ...]
+    best: int  # the member best on the validation problems of its training
+    overconfident: tuple[str, float]  # in Table 9
+    records: dict[str, list[Record]]  # of each run
+
+
+def toy_runs(job: ToyJob, overconfident: tuple[str, float]) -> dict[str, ToyJob]:
+    """Every run that tables and figures read, but for `restarts`."""
+    alone = {"interval": TOY_STEPS}
+    fields: dict[str, dict] = {PLAIN: alone | {"normalize": False}, "tie plain count": {"normalize": False}}
+    fields |= {f"tie n={n}": {"interval": n} for n in INTERVALS}
+    for name, speed in SPEEDS.items():
+        fields |= {f"post-generation {name}": alone | speed, f"tie {name}": speed}
+    fields |= {f"{name} source-only": {"score": name[4:], "cross_model": False} for name in LOGIT}
+    runs = toy_methods(job) | {name: replace(job, config=replace(job.config, **own)) for name, own in fields.items()}
+    for name in [f"{name}{scoring}" for name in LOGIT for scoring in ("", " source-only")]:
+        runs[f"{name} overconfident"] = replace(runs[name], overconfident=overconfident)
+    for member, score in itertools.product(job.names, tie.SCORES[1:]):  # Fig. 1: a relay to itself, scored, each step
+        config = replace(job.config, score=score, interval=1)
+        runs[f"member {member} {score}"] = replace(job, names=(member,), config=config)
+    return runs
+
+
+def restarts(job: ToyJob, alone: list[Record]) -> dict[str, ToyJob]:
+    """Table 2: each member on what it failed alone and the other solved, from the start of the other's trajectory."""
+    runs = {}
+    for (r, receiver), (s, sender) in itertools.permutations(enumerate(job.names), 2):
+        failed = [p for p, record in zip(job.problems, alone) if record["correct"][s] and not record["correct"][r]]
+        for part in SHARES:
+            start = (sender, round(part * TOY_STEPS / 100))
+            runs[restart_name(receiver, part)] = replace(
+                job, names=(receiver,), problems=tuple(failed), restart=start)  # fmt: skip
+    return runs
+
+
+def restart_name(member: str, part: int) -> str:
+    return f"member {member} restarted at {part} %"
+
+
+def decode_once(args: argparse.Namespace, runs: dict[str, ToyJob], needed: Iterable[str]) -> dict[str, list[Record]]:
+    """Records of the runs needed; a run shares those of the first in `runs` that equals it."""
+    first: dict[ToyJob, str] = {}
+    for name, job in runs.items():
+        first.setdefault(job, name)
+    own = {name: first[runs[name]] for name in needed}
+    records = decode_toy(args, {name: runs[name] for name in dict.fromkeys(own.values())})
+    return {name: records[own[name]] for name in own}
+
+
+def grids(names: tuple[str, ...]) -> dict[str, tuple[dict[str, dict[str, str]], dict[str, list]]]:
+    """The tables of accuracies. Rows and columns: the run of each cell, and after ": " which candidate, if not its
+    winner. Claims: the differences that decide, each its name and two runs like a cell's; None for one half."""
+    after, members = "post-generation", {f"member {name}": f": {name}" for name in names}
+    restarted = {f"member {name}": {f"first {part} %": restart_name(name, part) for part in SHARES} for name in names}
+    fast = {row: {speed: f"{after} {speed}{pick}" for speed in SPEEDS} for row, pick in {**members, after: ""}.items()}
+    main = {row: {"accuracy": after + pick} for row, pick in members.items()} | {m: {"accuracy": m} for m in METHODS}
+    rivals = (("the best member", ": best member"), ("post-generation", ""))
+    scoring = {name + group: {"source-only": f"{name} source-only{group}", "cross-model": name + group}
+               for group in ("", " overconfident") for name in LOGIT}  # fmt: skip
+    return {
+        "2": (restarted, {"Restarted, a member corrects more than half of what it failed alone":
+                          [(f"{row}, {part} - half", run, None) for row, runs in restarted.items()
+                           for part, run in runs.items()]}),
+        "3": (main, {f"TIE is ahead of {rival} with every score":
+                     [(f"{name} - {rival}", name, after + pick) for name in METHODS[1:]] for rival, pick in rivals}),
+        "6": ({f"n = {n}, paper {m}": {"accuracy": f"tie n={n}"} for n, m in INTERVALS.items()} |
+              {after: {"accuracy": after}},
+              {"TIE is ahead of post-generation at every n": [(f"n = {n}", f"tie n={n}", after) for n in INTERVALS]}),
+        "7": (fast | {TCC: {speed: f"tie {speed}" for speed in SPEEDS}},
+              {f"TIE is ahead with {speed}": [(f"TIE - {rival}", f"tie {speed}", f"{after} {speed}{pick}")
+                                              for rival, pick in rivals] for speed in SPEEDS}),
+        "8": ({TCC: {"without": "tie plain count", "with": TCC}},
+              {"Normalisation helps": [("with - without", TCC, "tie plain count")]}),
+        "9": (scoring, {f"Cross-model scoring helps {row}": [(
+                            "cross-model - source-only", runs["cross-model"], runs["source-only"])]
+                        for row, runs in scoring.items()}),
+        "10": ({TCC: {"lowest C~": TCC, **{pick: f"{TCC}: {pick}" for pick in ("best model", "most selected")}}},
+               {"The lowest C~ selects best": [(f"lowest C~ - {pick}", TCC, f"{TCC}: {pick}")
+                                               for pick in ("best model", "most selected")]}),
+    }  # fmt: skip
+
+
+def runs_of(number: str, names: tuple[str, ...]) -> list[str]:
+    """The runs that a table reads."""
+    rows, claims = grids(names).get(number, ({}, {}))
+    sources = [source for row in rows.values() for source in row.values()] + [
+        reference for pairs in claims.values() for *_, reference in pairs if reference]
+    return [source.partition(": ")[0] for source in sources] or list(METHODS[1:] if number == "5" else [PLAIN])
+
+
+def answers_right(toy: Toy, source: str) -> list[bool]:
+    """Of a run's candidates those that `source` names, or the winners."""
+    run, _, pick = source.partition(": ")
+    records = toy.records[run]
+    fixed = {name: m for m, name in enumerate(toy.names)} | {"best model": toy.best}
+    if pick == "best member":  # on the test problems themselves: the hardest rival
+        fixed[pick] = max(range(len(toy.names)), key=lambda m: sum(r["correct"][m] for r in records))
+    if pick == "most selected":
+        return [r["correct"][most_selected(r)] for r in records]
+    return [r["correct"][fixed.get(pick, r["winner"])] for r in records]
+
+
+def most_selected(record: Record) -> int:
+    """The member that led most often; with equal numbers the one of lowest C~, as in `tie.select`."""
+    leads = [record["leaders"].count(m) for m in range(len(record["correct"]))]
+    return leads.index(max(leads)) if leads.count(max(leads)) == 1 else record["winner"]
+
+
+def share(row: str, column: str, right: Sequence[bool]) -> dict:
+    merit = accuracy(right) if right else {"accuracy": None, "ci95": None}
+    return {"row": row, "column": column, "value": merit["accuracy"], "ci95": merit["ci95"], "n": len(right)}
+
+
+def grid_table(number: str, toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Cells, and what decides each claim, of a table of accuracies."""
+    rows, claims = grids(toy.names)[number]
+    cells = []
+    for row, sources in rows.items():
+        for column, source in sources.items():
+            run, _, pick = source.partition(": ")
+            forwards = [r["forwards"] / (len(toy.names) if pick in toy.names else 1) for r in toy.records[run]]
+            cell = share(row, column, answers_right(toy, source))
+            cells.append({**cell, "forwards": float(np.mean(forwards)) if forwards else None})
+    return cells, {claim: [compared(toy, *pair) for pair in pairs] for claim, pairs in claims.items()}
+
+
+def compared(toy: Toy, name: str, source: str, reference: str | None) -> dict:
+    right = answers_right(toy, source)
+    if reference is not None:
+        return paired(name, right, answers_right(toy, reference))
+    rate = share("", "", right)
+    return {"name": name, "difference": rate["value"] - 0.5 if right else None,
+            "ci95": [x - 0.5 for x in rate["ci95"]] if right else None}  # fmt: skip
+
+
+def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
+    """A statistic of independent groups with its 95 % bootstrap interval over their rows; None if a group is empty."""
+    if not all(len(group) for group in groups):
+        return {"value": None, "ci95": None}
+    dice = np.random.default_rng(0)
+    draws = [statistic(*(group[dice.integers(len(group), size=len(group))] for group in groups)) for _ in range(2000)]
+    return {"value": float(statistic(*groups)), "ci95": [float(x) for x in np.percentile(draws, [2.5, 97.5])]}
+
+
+def table_1(toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
+    cells, gaps = [], []
+    for m, name in enumerate(toy.names):
+        counts = {label: np.array([r["tcc"][m] for r in toy.records[PLAIN] if r["correct"][m] == right])
+                  for label, right in (("correct", True), ("incorrect", False))}  # fmt: skip
+        for label, own in counts.items():
+            cells.append({"row": f"member {name}", "column": label, **estimate(np.mean, own), "n": len(own)})
+        gap = estimate(lambda right, wrong: wrong.mean() - right.mean(), *counts.values())
+        gaps.append({"name": f"member {name}, incorrect - correct", "difference": gap["value"], "ci95": gap["ci95"]})
+    return cells, {"The answer tokens change more often where the answer is incorrect": gaps}
+
+
+def table_5(toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
+    """Intervals by bootstrap over problems, since the relays of one problem are not independent."""
+    cells = []
+    for name in METHODS[1:]:
+        pairs = [list(zip(r["leaders"], r["leaders"][1:])) for r in toy.records[name]]
+        counts = np.array([(sum(a != b for a, b in own), len(own)) for own in pairs if own])  # (problems, 2)
+        rate = estimate(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), counts)
+        cells.append({"row": name, "column": "change rate", **rate, "n": sum(map(len, pairs))})
+    rates = [{"name": cell["row"], "difference": cell["value"], "ci95": cell["ci95"]} for cell in cells]
+    return cells, {"The lead changes between relays with every score": rates}
+
+
+def verdict(comparisons: list[dict]) -> str:
+    """On the claim that every difference is positive: undecided where an interval holds 0, and none lies below."""
+    intervals = [comparison["ci95"] for comparison in comparisons]
+    if any(ci and ci[1] < 0 for ci in intervals):
+        return "does not hold"
+    return "holds" if all(ci and ci[0] > 0 for ci in intervals) else "undecided"
+
+
+def paper_table(number: str, toy: Toy) -> dict:
+    """A table as `--json` has it: shares are fractions, the paper's figures as it prints them."""
+    cells, claims = {"1": table_1, "5": table_5}.get(number, functools.partial(grid_table, number))(toy)
+    gsm8k = zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), ((x,) for x in BENCHMARKS["gsm8k"].table_3))
+    columns, rows = PAPER.get(number, (("accuracy",), dict(gsm8k) if number == "3" else {}))
+    paper = [{"row": f"paper, {row}", "column": column, "value": figure}
+             for row, figures in rows.items() for column, figure in zip(columns, figures)]  # fmt: skip
+    judged = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
+    member, factor = toy.overconfident
+    title = TITLES[number] + (f"; overconfident: member {member}, logits times {factor:g}" if number == "9" else "")
+    return {"title": title, "cells": cells, "paper": paper, "claims": judged}
+
+
+def over_seeds(tables: list[dict]) -> dict:
+    """Mean and standard deviation over training seeds in place of each value, a count in place of each verdict."""
+
+    def spread(key: str, own: Sequence[dict]) -> dict:
+        values = [entry[key] for entry in own if entry.get(key) is not None]
+        sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return {key: float(np.mean(values)) if values else None, "sd": sd, "values": [entry.get(key) for entry in own]}
+
+    cells = [{"row": own[0]["row"], "column": own[0]["column"], "forwards": spread("forwards", own)["forwards"],
+              **spread("value", own)}
+             for own in zip(*(table["cells"] for table in tables))]  # fmt: skip
+    claims = []
+    for own in zip(*(table["claims"] for table in tables)):
+        each = [claim["verdict"] for claim in own]
+        counted = ", ".join(f"{word} with {each.count(word)} of {len(each)} seeds" for word in dict.fromkeys(each))
+        differences = [{"name": c[0]["name"], **spread("difference", c)} for c in zip(*(x["comparisons"] for x in own))]
+        claims.append({"claim": own[0]["claim"], "verdict": counted, "comparisons": differences})
+    return {**tables[0], "cells": cells, "claims": claims}
+
+
+def figure_text(entry: dict, value: float | None, unit: str, signed: bool = False) -> str:
+    """A value with its interval or its standard deviation over seeds."""
+    if value is None:
+        return "no sample"
+    form = functools.partial(percent, signed=signed) if unit == "%" else ("{:+.2f}" if signed else "{:.2f}").format
+    interval = f" [{', '.join(map(form, entry['ci95']))}]" if entry.get("ci95") else ""
+    return form(value) + interval + (f" ± {form(entry['sd']).lstrip('+')}" if entry.get("sd") is not None else "")
+
+
+def show_paper_table(number: str, table: dict, problems: int) -> None:
+    """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
+    print(f"\nTable {number}: {table['title']}")
+    unit = "%" if "%" in table["title"] else ""
+    grid: dict[str, dict[str, str]] = {}
+    for cell in table["cells"]:
+        text = figure_text(cell, cell["value"], unit)
+        text += f" / {cell['forwards']:.1f}" if "forwards" in table["title"] else ""
+        text += f" n={cell['n']}" if cell.get("n", problems) != problems else ""
+        grid.setdefault(cell["row"], {})[cell["column"]] = text
+    for cell in table["paper"]:
+        grid.setdefault(cell["row"], {})[cell["column"]] = f"{cell['value']:g}"
+    columns = list(dict.fromkeys(cell["column"] for cell in table["cells"]))
+    lines = [["", *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in grid.items())]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+    for claim in table["claims"]:
+        differences = [f"{c['name']}: {figure_text(c, c['difference'], unit, True)}" for c in claim["comparisons"]]
+        text = f"{claim['claim']}: {claim['verdict']} ({'; '.join(differences)})"
+        print(textwrap.fill(text, 120, subsequent_indent="    "))
+
+
+# --- the paper's figures on the toy ---------------------------------------------------------------------
+
+
+def draw_figure_1(toy: Toy, path: Path) -> None:
+    """The three confidences of each member alone after every step, correct and incorrect answers apart."""
+    figure = new_figure(4.2 * len(toy.names), 8.4)
+    panels = figure.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
+    labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
+    for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
+        panel, records, sizes = panels[i][m], toy.records[f"member {name} {score}"], []
+        for label, right, colour, style in (("correct", True, "C0", "-"), ("incorrect", False, "C3", "--")):
+            own = np.array([r["scores"] for r in records if won(r) == right], dtype=float)  # (problems, T - 1, 1)
+            sizes.append(f"{len(own)} {label}")
+            if len(own):
+                draw_mean(panel, -own[..., 0] if score == "negative_entropy" else own[..., 0], colour, style, label)
+        panel.set(ylabel=labels[i] if m == 0 else "", xlabel="decoding step" if i == 2 else "",
+                  title=f"member {name} alone: {', '.join(sizes)}" if i == 0 else "")  # fmt: skip
+        if panel.lines:
+            panel.legend()
+    figure.suptitle("Confidence over the masked answer positions; mean and 95 % band")
+    figure.savefig(path, dpi=150)
+
+
+def draw_mean(panel: Any, values: np.ndarray, colour: str, style: str, label: str) -> None:
+    """The mean of curves (problems, steps) with its 95 % band; NaN where a problem had no answer token left to count."""
+    curves = np.ma.masked_invalid(values)
+    mean, half = curves.mean(0), 1.96 * curves.std(0) / np.sqrt(np.maximum(curves.count(0), 1))
+    steps = np.arange(1, len(mean) + 1)
+    panel.plot(steps, mean, color=colour, linestyle=style, label=label)
+    panel.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_figure_3(toy: Toy, path: Path, interval: int) -> None:
+    """When the leader changes: of the relays at each place, those whose leader differs from the relay before."""
+    figure = new_figure(6, 4)
+    panel = figure.subplots()
+    for k, (name, style) in enumerate(zip(METHODS[1:], ("o-", "s--", "^-.", "D:"))):
+        leaders = [r["leaders"] for r in toy.records[name]]
+        places = range(1, max(map(len, leaders)))
+        rates = [accuracy(own[i] != own[i - 1] for own in leaders if len(own) > i) for i in places]
+        values = np.array([100 * rate["accuracy"] for rate in rates])  # (places,)
+        bars = np.abs(100 * np.array([rate["ci95"] for rate in rates]).reshape(-1, 2).T - values)  # (2, places)
+        steps = [interval * (i + 1) / TOY_STEPS + 0.006 * (k - 1.5) for i in places]  # apart, so that bars can be told
+        panel.errorbar(steps, values, bars, fmt=style, capsize=3, label=name[4:].replace("_", " "))
+    panel.set(xlabel="relative decoding step", ylabel="relays that change the leader (%)", xlim=(0, 1))
+    panel.set_ylim(bottom=0)
+    panel.set_title(f"{len(toy.records[TCC])} problems, n = {interval}, T = {TOY_STEPS}; bars: 95 % intervals")
+    panel.legend()
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Drawn by Agg, which a figure outside pyplot has by default. ValueError where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+FIGURES = ("figure1.png", "figure3.png")
+
+
+def prepare_figures(folder: Path) -> None:
+    """ValueError, before anything is trained, where no figure can be drawn or saved."""
+    new_figure(1, 1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FIGURES:
+            (folder / name).touch()
+    except OSError as error:
+        raise ValueError(f"cannot use --figure {folder}: {error.strerror}; give a folder that can be written") from None
+
+
 # --- the trace ----------------------------------------------------------------------------------------
 
 
-def show_trace(folder: Path, names: Sequence[str], config: tie.Config, problems: list[train_toy.Problem]) -> None:
+def show_trace(job: ToyJob) -> None:
     """Decodings round by round: each member's canvas, `_` where masked, its score, who leads, what is relayed."""
-    setup = toy_setup(folder, names)
-    for problem in problems:
+    setup, names, config = toy_setup(job), job.names, job.config
+    for problem in job.problems:
         print(f"\n{problem.prompt}   right: {problem.reasoning}{train_toy.SUFFIX}{problem.answer}")
         result = tie.ensemble(setup.members, setup.canvases([problem]), config, lambda state: show_round(state, names))
         winner = int(result.winner[0])
@@ -922,22 +1301,66 @@ def config_of(args: argparse.Namespace, interval: int, block_size: int, answer_w
 
 
 def run_toy(args: argparse.Namespace) -> None:
-    """The main table, or the trace, on toy members that are trained where there are none yet."""
-    settings = train_toy.Settings(seed=args.seed, steps=args.steps)
-    config = config_of(args, interval=8, block_size=8)
+    """The main table, the trace, or the paper's tables and figures, on toy members trained where there are none yet."""
+    config, names = config_of(args, interval=8, block_size=8), tuple(train_toy.NAMES[:2])
     available = len(train_toy.all_problems("test"))
     for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
         if not 1 <= count <= available:
             raise ValueError(f"{name} {count}: give 1 to {available}, the size of the toy's test split")
-    names = tuple(train_toy.NAMES[:2])
-    effective = {"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
-                 "batch_size": args.batch_size, "config": asdict(config), "training": asdict(settings)}  # fmt: skip
-    open_results(args.out, effective)
-    train_toy.train_members(settings, toy_folder(args), members=len(names))
-    if args.trace:
-        show_trace(toy_folder(args), names, config, train_toy.problems("test", args.trace, seed=args.problem_seed))
-    else:
-        finish(args, effective, main_table(decode_toy(args, toy_methods(config), names), names))
+    runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": args.out / f"seed{seed}" if args.out and args.seeds > 1
+            else args.out}) for seed in range(args.seed, args.seed + args.seeds)]  # fmt: skip
+    trainings = [train_toy.Settings(seed=own.seed, steps=args.steps) for own in runs]
+    effective = [{"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
+                  "batch_size": args.batch_size, "config": asdict(config), "overconfident": args.overconfident,
+                  "training": asdict(training)} for training in trainings]  # fmt: skip
+    if args.figure:
+        prepare_figures(args.figure)
+    for own, settings in zip(runs, effective):
+        open_results(own.out, settings)
+    problems = tuple(train_toy.problems("test", args.trace or args.problems, seed=args.problem_seed))
+    tables = []
+    for own, training in zip(runs, trainings):
+        trained = train_toy.train_members(training, toy_folder(own), members=len(names))
+        job = ToyJob(str(toy_folder(own)), names, config, problems)
+        if args.trace:
+            show_trace(replace(job, overconfident=args.overconfident))
+        elif args.table or args.figure:
+            tables.append(paper_run(own, job, [record["validation_accuracy"] for record in trained]))
+        else:
+            job = replace(job, overconfident=args.overconfident)
+            finish(own, effective[0], main_table(decode_toy(own, toy_methods(job)), names))
+    if args.table:
+        seeds = [own.seed for own in runs]
+        finish(args, {**effective[0], "seeds": seeds}, tables[0] if len(seeds) == 1 else joined(tables, seeds))
+
+
+def paper_run(args: argparse.Namespace, job: ToyJob, validation: list[float]) -> dict:
+    """The paper's tables that were asked for, with the rows of the main table that they decode; draws the figures."""
+    needed = [run for number in args.table for run in ("post-generation", *runs_of(number, job.names))]
+    needed += [f"member {name} {score}" for name in job.names for score in tie.SCORES[1:] if args.figure]
+    needed += METHODS[1:] if args.figure else ()
+    sharp = args.overconfident or (job.names[-1], 4.0)
+    runs = toy_runs(job, sharp)
+    records = decode_once(args, runs, [name for name in dict.fromkeys(needed) if name in runs])
+    if "2" in args.table:
+        records |= decode_toy(args, restarts(runs["post-generation"], records["post-generation"]))
+    toy = Toy(job.names, validation.index(max(validation)), sharp, records)
+    if args.figure:
+        draw_figure_1(toy, args.figure / FIGURES[0])
+        draw_figure_3(toy, args.figure / FIGURES[1], job.config.interval)
+        print(*(f"drawn: {args.figure / name}" for name in FIGURES), sep="\n")
+    if not args.table:
+        return {}
+    table = main_table({name: records[name] for name in METHODS if name in records}, job.names)
+    return {**table, "tables": {number: paper_table(number, toy) for number in args.table}}
+
+
+def joined(tables: list[dict], seeds: list[int]) -> dict:
+    """Results of several training seeds: rows and comparisons of all, the tables over seeds, and each seed's own."""
+    flat = {key: [{**entry, "seed": seed} for seed, table in zip(seeds, tables) for entry in table[key]]
+            for key in ("rows", "comparisons")}  # fmt: skip
+    means = {number: over_seeds([table["tables"][number] for table in tables]) for number in tables[0]["tables"]}
+    return {**flat, "tables": means, "tables_by_seed": {seed: t["tables"] for seed, t in zip(seeds, tables)}}
 
 
 def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
@@ -948,10 +1371,25 @@ def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
         write_json(args.out / "summary.json", summary)
     if args.json:
         print(json.dumps(summary))
-    else:
-        config = effective["config"]
-        print(f"{effective['task']}: {count} problems, n = {config['interval']}, blocks of {config['block_size']}")
+        return
+    config, seeds = effective["config"], effective.get("seeds", [])
+    over = f"; training seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else ""
+    print(f"{effective['task']}: {count} problems, n = {config['interval']}, blocks of {config['block_size']}{over}")
+    if "tables" not in table:
         show_table(table)
+    for number, own in table.get("tables", {}).items():
+        show_paper_table(number, own, count)
+
+
+def overconfident(text: str) -> tuple[str, float]:
+    name, _, factor = text.partition("=")
+    try:
+        if name in train_toy.NAMES[:2] and name and 0 < float(factor) < math.inf:
+            return name, float(factor)
+    except ValueError:
+        pass
+    choices = " or ".join(train_toy.NAMES[:2])
+    raise argparse.ArgumentTypeError(f"{text!r} is not MEMBER=FACTOR with member {choices} and a factor above 0")
 
 
 def member_folder(text: str) -> tuple[str, Path]:
@@ -983,6 +1421,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
     toy("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
     toy("--trace", type=int, metavar="N", help="show N decodings round by round instead of the table")
+    toy("--table", nargs="+", choices=[*TITLES, "all"], default=[], metavar="N",
+        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(TITLES)} or all")  # fmt: skip
+    toy("--seeds", type=int, default=1, metavar="N",
+        help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
+    toy("--figure", type=Path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in this folder")
+    toy("--overconfident", type=overconfident, metavar="MEMBER=FACTOR",
+        help="multiply a member's logits; with --table 9 beside the members as trained (default there: B=4)")  # fmt: skip
     real = parser.add_argument_group("real checkpoints").add_argument
     real("--members", nargs="+", type=member_folder, metavar="NAME=FOLDER", help="LLaDA and Dream folders")
     real("--task", choices=BENCHMARKS, help="benchmark")
@@ -997,11 +1442,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name in ("batch_size", "limit", "trace"):
+    args.table = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
+    for name in ("batch_size", "limit", "trace", "seeds"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if args.json and args.trace:
         parser.error("--trace prints no JSON: leave out one of --trace and --json")
+    if args.figure and (args.json or args.trace or args.seeds > 1):
+        parser.error("--figure draws one training seed and prints where: leave out --json, --trace and --seeds")
+    if args.seeds > 1 and not args.table:
+        parser.error("--seeds is for --table: give it too")
+    if args.table or args.figure:
+        for name in ("trace", "threshold", "top_k", "score", "selection"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--table and --figure set their own --{name.replace('_', '-')}: leave it out")
+        if args.overconfident and "9" not in args.table:
+            parser.error("--overconfident goes with --table 9, the main table or the trace: leave it or the others out")
+    for name in ("trace", "table", "figure", "overconfident"):
+        if getattr(args, name) and args.members:
+            parser.error(f"--{name} is for the toy: leave out --members")
     for name in ("task", "data", "limit", "device", "single", "run_code"):
         if getattr(args, name) and not args.members:
             parser.error(f"--{name.replace('_', '-')} is for real checkpoints: give --members too")
