@@ -667,12 +667,12 @@ def draw_figure_3(toy: Toy, path: Path, interval: int) -> None:
         rates = [accuracy(own[i] != own[i - 1] for own in leaders if len(own) > i) for i in places]
         values = np.array([100 * rate["accuracy"] for rate in rates])  # (places,)
         bars = np.abs(100 * np.array([rate["ci95"] for rate in rates]).reshape(-1, 2).T - values)  # (2, places)
-        steps = [interval * (i + 1) / TOY_STEPS + 0.006 * (k - 1.5) for i in places]  # apart, so that bars can be told
+        steps = [interval * (i + 1) / TOY_STEPS + 0.012 * (k - 1.5) for i in places]  # apart, so that bars can be told
         panel.errorbar(steps, values, bars, fmt=style, capsize=3, label=name[4:].replace("_", " "))
     panel.set(xlabel="relative decoding step", ylabel="relays that change the leader (%)", xlim=(0, 1))
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(bottom=-1)
     panel.set_title(f"{len(toy.records[TCC])} problems, n = {interval}, T = {TOY_STEPS}; bars: 95 % intervals")
-    panel.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 

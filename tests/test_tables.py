@@ -1,0 +1,390 @@
+"""The paper's tables and figures on the toy: arithmetic against slow oracles, on fake members that know some problems."""
+
+import json
+import os
+import zlib
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eval as evaluation
+import tie
+import train_toy
+
+PROBLEMS = 9
+REASONING = slice(train_toy.PROMPT_LENGTH, train_toy.PROMPT_LENGTH + train_toy.REASONING_LENGTH)
+
+
+def knows(name, prompt):
+    """A fake member's knowledge, by chance: A and B each miss about a third of all problems."""
+    return zlib.crc32(f"{name}{prompt}".encode()) % 3 > 0
+
+
+def fake_denoiser(name):
+    """Right tokens where it knows the problem, or finds the first column right in the reasoning; noise that depends on
+    the state, so that top-1 tokens change and members disagree."""
+    generator = torch.Generator().manual_seed(ord(name))
+    weights = torch.randn(train_toy.LENGTH, 17, generator=generator)  # (L, V)
+
+    def denoise(tokens, positions, attention_mask):
+        logits = []
+        for row, wanted in zip(tokens.tolist(), positions):
+            prompt = train_toy.decode(row[: train_toy.PROMPT_LENGTH])
+            right = torch.tensor(train_toy.sequence(train_toy.Problem(int(prompt[:4]), int(prompt[5]))))  # (L,)
+            start = REASONING.start
+            helped = row[start : start + 8] == right[start : start + 8].tolist()
+            target = right if knows(name, prompt) or helped else torch.where(right < 10, (right + 1) % 10, right)
+            step = sum(token != train_toy.MASK for token in row)
+            noise = 3.2 * torch.sin(weights * step + sum(row))  # (L, V)
+            unsure = 2.0 + step / 12  # surer as decoding goes on
+            logits.append((noise + unsure * torch.nn.functional.one_hot(target, 17))[wanted])
+        return torch.stack(logits)
+
+    return denoise
+
+
+def fake_member(job, name):
+    sharp, factor = job.overconfident or ("", 1)
+    denoise = fake_denoiser(name)
+    scaled = (lambda *inputs: factor * denoise(*inputs)) if name == sharp else denoise
+    return tie.Member(scaled, train_toy.MASK, train_toy.EOS, name)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Fake members that need no training, in this process; gives the jobs that were decoded."""
+    jobs = []
+    original = evaluation.decode_job
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(evaluation, "toy_member", fake_member)
+    monkeypatch.setattr(train_toy, "train_members", lambda *_, **__: [{"validation_accuracy": x} for x in (0.6, 0.7)])
+    monkeypatch.setattr(evaluation, "decode_job", lambda job: [jobs.append(job), original(job)][1])
+    return jobs
+
+
+def run(*arguments):
+    return evaluation.main(["--problems", str(PROBLEMS), "--batch-size", "5", *map(str, arguments)])
+
+
+def tables(capsys, *arguments):
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def cell(table, row, column):
+    [found] = [c for c in table["cells"] if c["row"] == row and c["column"] == column]
+    return found
+
+
+def job(**fields):
+    problems = tuple(train_toy.problems("test", PROBLEMS, seed=0))
+    return replace(evaluation.ToyJob("", ("A", "B"), tie.Config(interval=8, block_size=8), problems), **fields)
+
+
+def oracle(**config):
+    """Result of the algorithm itself, and each candidate's correctness (problems, M)."""
+    overconfident = config.pop("overconfident", None)
+    problems = job().problems
+    canvas = evaluation.toy_canvas([p.prompt for p in problems])
+    members = [fake_member(job(overconfident=overconfident), name) for name in "AB"]
+    result = tie.ensemble(members, [canvas] * 2, tie.Config(**{"interval": 8, "block_size": 8, **config}))
+    right = [[train_toy.decode(c.tokens[b, c.answer].tolist()) == p.answer for c in result.candidates]
+             for b, p in enumerate(problems)]  # fmt: skip
+    return result, np.array(right)
+
+
+def winners(**config):
+    result, right = oracle(**config)
+    return right[np.arange(PROBLEMS), result.winner.numpy()].mean()
+
+
+# --- verdicts and estimates -------------------------------------------------------------------------------
+
+intervals = st.lists(
+    st.none() | st.tuples(st.sampled_from([-2, -1, 0, 1, 2]), st.integers(0, 3)).map(lambda t: [t[0], t[0] + t[1]]),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(intervals)
+def test_a_verdict_is_undecided_where_an_interval_holds_zero(cis):
+    said = evaluation.verdict([{"ci95": ci} for ci in cis])
+    signs = ["?" if ci is None or ci[0] <= 0 <= ci[1] else "+" if ci[0] > 0 else "-" for ci in cis]
+    expected = "does not hold" if "-" in signs else "undecided" if "?" in signs else "holds"
+    assert said == expected
+
+
+def test_estimates_resample_each_group_by_itself():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(2, 1, 300), rng.normal(1, 2, 200)
+    result = evaluation.estimate(lambda x, y: x.mean() - y.mean(), a, b)
+    error = 1.96 * np.sqrt(a.var() / 300 + b.var() / 200)
+    assert result["value"] == pytest.approx(a.mean() - b.mean())
+    assert result["ci95"] == pytest.approx([result["value"] - error, result["value"] + error], abs=0.03)
+    assert evaluation.estimate(np.mean, np.array([])) == {"value": None, "ci95": None}
+
+
+# --- tables of hand-made records ---------------------------------------------------------------------------
+
+
+def toy(records, best=0):
+    return evaluation.Toy(("A", "B"), best, ("B", 4.0), records)
+
+
+def test_table_1_separates_correct_from_incorrect_answers_of_each_member():
+    records = [{"correct": [c, not c], "tcc": [t, 10 * t]} for c, t in ((True, 1), (True, 3), (False, 8), (False, 6))]
+    table = evaluation.paper_table("1", toy({evaluation.PLAIN: records}))
+    values = {(c["row"], c["column"]): (c["value"], c["n"]) for c in table["cells"]}
+    assert values == {("member A", "correct"): (2, 2), ("member A", "incorrect"): (7, 2),
+                      ("member B", "correct"): (70, 2), ("member B", "incorrect"): (20, 2)}  # fmt: skip
+    [claim] = table["claims"]
+    assert [c["difference"] for c in claim["comparisons"]] == [5, -50]
+    assert claim["verdict"] == "does not hold"
+
+
+def test_table_2_compares_correction_rates_with_one_half():
+    right = {"member A restarted at 33 %": 40 * [True], "member A restarted at 50 %": 30 * [True] + 10 * [False],
+             "member B restarted at 33 %": 35 * [True], "member B restarted at 50 %": []}  # fmt: skip
+    records = {name: [{"correct": [r], "winner": 0, "forwards": 38.0} for r in own] for name, own in right.items()}
+    table = evaluation.paper_table("2", toy(records))
+    assert cell(table, "member A", "first 50 %")["value"] == 0.75
+    wilson = evaluation.accuracy(right["member A restarted at 50 %"])["ci95"]
+    second = table["claims"][0]["comparisons"][1]
+    assert second["difference"] == 0.25 and second["ci95"] == pytest.approx([x - 0.5 for x in wilson])
+    assert cell(table, "member B", "first 50 %")["value"] is None and table["claims"][0]["verdict"] == "undecided"
+
+
+def test_table_5_counts_relays_that_follow_a_relay():
+    leaders = [[0, 0, 1], [1, 1], [0], []]
+    table = evaluation.paper_table("5", toy({name: [{"leaders": x} for x in leaders] for name in evaluation.METHODS}))
+    assert [(c["value"], c["n"]) for c in table["cells"]] == [(pytest.approx(1 / 3), 3)] * 4
+    assert all(c["ci95"] == [0, 0.5] for c in table["cells"])  # of the two problems with such relays
+
+
+def test_over_seeds_gives_mean_spread_and_counts():
+    def table(value, verdict):
+        comparison = {"name": "x", "difference": value, "ci95": [0, 1]}
+        return {"title": "t", "paper": [], "cells": [{"row": "r", "column": "c", "value": value, "forwards": 2 * (value or 0)}],
+                "claims": [{"claim": "k", "verdict": verdict, "comparisons": [comparison]}]}  # fmt: skip
+
+    joined = evaluation.over_seeds([table(1.0, "holds"), table(2.0, "undecided"), table(None, "holds"), table(6.0, "holds")])
+    [own] = joined["cells"]
+    assert (own["value"], own["sd"], own["values"]) == (3.0, pytest.approx(np.std([1, 2, 6], ddof=1)), [1.0, 2.0, None, 6.0])
+    [claim] = joined["claims"]
+    assert claim["verdict"] == "holds with 3 of 4 seeds, undecided with 1 of 4 seeds"
+    assert claim["comparisons"][0]["difference"] == 3.0 and own["forwards"] == 4.5
+
+
+# --- runs: sharpened logits, restarts ------------------------------------------------------------------------
+
+
+def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
+    for member, name in enumerate("AB"):
+        torch.manual_seed(member)
+        evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / name)
+    own = job(folder=str(tmp_path))
+    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
+    plain = [member.denoise(*inputs) for member in evaluation.toy_setup(own).members]
+    sharp = [member.denoise(*inputs) for member in evaluation.toy_setup(replace(own, overconfident=("B", 3.0))).members]
+    assert torch.equal(sharp[0], plain[0]) and torch.allclose(sharp[1], 3 * plain[1])
+    assert not torch.allclose(plain[0], plain[1])
+
+
+@pytest.mark.parametrize("steps", [13, 19])
+def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps):
+    own = job(names=("A",), restart=("B", steps))
+    [start] = evaluation.toy_setup(own).canvases([evaluation.Question("", p.prompt, "") for p in own.problems])
+    member, state = fake_member(own, "B"), evaluation.toy_canvas([p.prompt for p in own.problems])
+    for _ in range(steps):
+        state = tie.commit(state, tie.read(member, state, tie.block_ends(state, 8), own.config), own.config)
+    assert torch.equal(start.masked, state.masked) and torch.equal(start.tokens[~start.masked], state.tokens[~state.masked])
+    assert (start.masked.sum(1) == 38 - steps).all()
+    kept = "".join(train_toy.VOCABULARY[i] for i in state.tokens[0, REASONING][:8].tolist())
+    assert evaluation.decode_questions(
+        evaluation.toy_setup(own), own.config, [evaluation.Question("", own.problems[0].prompt, "")]
+    )[0]["texts"][0][0].startswith(kept)  # fmt: skip
+
+
+def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fakes):
+    _, right = oracle(interval=38)
+    alone = [{"correct": row.tolist()} for row in right]
+    runs = evaluation.restarts(job(), alone)
+    assert len(runs) == 4
+    for name, own in runs.items():
+        receiver, share = name.split()[1], int(name.split()[4])
+        r = "AB".index(receiver)
+        assert own.names == (receiver,) and own.restart == ("BA"[r], {33: 13, 50: 19}[share])
+        assert list(own.problems) == [p for p, row in zip(job().problems, right) if row[1 - r] and not row[r]] != []
+
+
+# --- the command on fake members -----------------------------------------------------------------------------
+
+
+def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
+    found = tables(capsys, "--table", "all", "--overconfident", "A=5")["tables"]
+    assert list(found) == ["1", "2", "3", "5", "6", "7", "8", "9", "10"]
+    names = evaluation.METHODS[2:]
+    for n in (4, 8, 16):
+        assert cell(found["6"], f"n = {n}, paper {2 * n}", "accuracy")["value"] == winners(interval=n)
+    for column, normalize in (("without", False), ("with", True)):
+        assert cell(found["8"], evaluation.TCC, column)["value"] == winners(normalize=normalize)
+    for suffix, sharp in (("", None), (" overconfident", ("A", 5.0))):
+        for name, (column, cross) in [(n, c) for n in names for c in (("source-only", False), ("cross-model", True))]:
+            expected = winners(score=name[4:], cross_model=cross, overconfident=sharp)
+            assert cell(found["9"], name + suffix, column)["value"] == expected
+    for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
+        result, right = oracle(interval=38, **config)
+        assert cell(found["7"], "member B", speed)["value"] == right[:, 1].mean()
+        assert cell(found["7"], evaluation.TCC, speed)["value"] == winners(**config)
+        assert cell(found["7"], "post-generation", speed)["forwards"] == pytest.approx(result.forwards)
+    chosen = {"lowest C~": {}, "most selected": {"selection": "most_selected"},
+              "best model": {"selection": "best_model", "best_model": 1}}  # fmt: skip
+    for column, config in chosen.items():
+        assert cell(found["10"], evaluation.TCC, column)["value"] == winners(**config)
+    _, alone = oracle(interval=38)
+    counts = oracle(interval=38, normalize=False)[0].tcc.numpy()
+    assert cell(found["1"], "member A", "correct")["value"] == pytest.approx(counts[0][alone[:, 0]].mean())
+    values = {c["value"] for number in ("6", "7", "8", "9", "10") for c in found[number]["cells"]}
+    assert len(values) > 2  # the fakes tell methods apart
+
+
+def test_most_selected_is_that_of_the_algorithm(fakes):
+    result, right = oracle(interval=4)
+    expected, _ = oracle(interval=4, selection="most_selected")
+    for b in range(PROBLEMS):
+        record = {"correct": right[b], "leaders": result.leaders[:, b].tolist(), "winner": int(result.winner[b])}
+        assert evaluation.most_selected(record) == int(expected.winner[b])
+
+
+def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
+    first = tables(capsys, "--table", 6, 8, "--out", tmp_path)["tables"]
+    whole = tables(capsys, "--table", "all", "--out", tmp_path)["tables"]
+    assert {number: whole[number] for number in first} == first
+    assert max(Counter(fakes).values()) == 1
+    configurations = {(own.config, own.names, own.overconfident, own.restart) for own in fakes}
+    assert len(configurations) == 22 + 4 == len(list(tmp_path.glob("*.jsonl")))
+    before = len(fakes)
+    assert tables(capsys, "--table", "all", "--out", tmp_path)["tables"] == whole
+    assert len(fakes) == before
+
+
+def test_other_factors_are_other_records(fakes, capsys, tmp_path):
+    assert run("--table", 9, "--out", tmp_path) == 0
+    assert run("--table", 9, "--overconfident", "B=8", "--out", tmp_path) == 2
+    assert "another overconfident" in capsys.readouterr().err
+
+
+def test_the_main_table_takes_an_overconfident_member(fakes, capsys):
+    found = tables(capsys, "--overconfident", "A=5")
+    row = {(r["method"], r["score"]): r["accuracy"] for r in found["rows"]}
+    for score in tie.SCORES:
+        assert row["tie", score] == winners(score=score, overconfident=("A", 5.0))
+    assert all(own.overconfident == ("A", 5.0) for own in fakes) and found["settings"]["overconfident"] == ["A", 5.0]
+
+
+def test_seeds_have_a_folder_each(fakes, capsys, tmp_path):
+    found = tables(capsys, "--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["seed3", "seed4", "summary.json"]
+    assert found["settings"]["seeds"] == [3, 4] and {row["seed"] for row in found["rows"]} == {3, 4}
+    assert cell(found["tables"]["8"], evaluation.TCC, "with")["values"] == 2 * [winners()]
+    assert {Path(own.folder).name for own in fakes} == {"toy-seed3", "toy-seed4"}
+    assert len(found["tables_by_seed"]) == 2
+    run("--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
+    out = capsys.readouterr().out
+    assert "training seeds 3, 4" in out and "±" in out and "of 2 seeds" in out
+
+
+def test_tables_name_title_paper_and_verdict(fakes, capsys):
+    assert run("--table", "1", "2", "10", "1") == 0
+    out = capsys.readouterr().out
+    assert out.count("\nTable ") == 3 and "40.88" in out and "83.17" in out
+    assert all(any(word in line for word in ("holds", "hold (", "undecided")) for line in out.split("\n")
+               if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_drawn(fakes, capsys, tmp_path):
+    assert run("--figure", tmp_path / "new" / "folder") == 0
+    assert capsys.readouterr().out.count("drawn: ") == 2
+    for name in evaluation.FIGURES:
+        assert (tmp_path / "new" / "folder" / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_figure_1_shows_the_scores_after_every_step(fakes):
+    own = evaluation.toy_runs(job(), ("B", 4.0))["member A probability_margin"]
+    records = evaluation.decode_job(own)
+    member, canvas = fake_member(own, "A"), evaluation.toy_canvas([p.prompt for p in own.problems])
+    for step in range(37):
+        canvas = tie.commit(canvas, tie.read(member, canvas, tie.block_ends(canvas, 8), own.config), own.config)
+        logits = member.denoise(canvas.tokens.masked_fill(canvas.masked, train_toy.MASK),
+                                torch.arange(canvas.answer.start, canvas.answer.stop).expand(PROBLEMS, -1), None)  # fmt: skip
+        logits[..., train_toy.MASK] = -torch.inf
+        counted = canvas.masked[:, canvas.answer] & (logits.argmax(-1) != train_toy.EOS)
+        expected = tie.confidence(logits, counted)["probability_margin"].tolist()
+        for record, value in zip(records, expected):
+            [said] = record["scores"][step]
+            assert said == pytest.approx(value) if said is not None else value == -torch.inf
+
+
+# --- bad input, and members from folders --------------------------------------------------------------------------
+
+BAD = [
+    (["--table", "4"], "--table"),
+    (["--table"], "--table"),
+    (["--overconfident", "C=2"], "member A or B"),
+    (["--overconfident", "B=0"], "factor above 0"),
+    (["--overconfident", "B=x"], "factor above 0"),
+    (["--overconfident", "B=inf"], "factor above 0"),
+    (["--overconfident", "=2"], "MEMBER=FACTOR"),
+    (["--table", "1", "--overconfident", "B=2"], "--table 9"),
+    (["--table", "7", "--threshold", "0.9"], "--threshold"),
+    (["--table", "3", "--score", "negative_entropy"], "--score"),
+    (["--table", "3", "--trace", "1"], "--trace"),
+    (["--table", "1", "--problems", "0"], "--problems 0"),
+    (["--table", "1", "--seeds", "0"], "--seeds"),
+    (["--seeds", "2"], "--table"),
+    (["--figure", "figures", "--json"], "--json"),
+    (["--figure", "figures", "--seeds", "2", "--table", "1"], "--seeds"),
+    (["--table", "1", "--members", "a=b", "c=d"], "--members"),
+]
+
+
+@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_two(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = evaluation.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and named in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_hold_figures_is_refused_before_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main(["--figure", "file"]) == 2
+    err = capsys.readouterr().err
+    assert "--figure file" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    settings = train_toy.Settings()
+    for name in "AB":  # complete folders, so that nothing is trained
+        evaluation.mdlm.save(train_toy.build(settings), tmp_path / "toy-seed0" / name)
+        record = {"settings": asdict(settings), "name": name, "validation_accuracy": 0.5}
+        (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
+    found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
+    assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
+    assert "member B, logits times 4" in found["tables"]["9"]["title"]
