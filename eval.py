@@ -1302,7 +1302,7 @@ def config_of(args: argparse.Namespace, interval: int, block_size: int, answer_w
 
 def run_toy(args: argparse.Namespace) -> None:
     """The main table, the trace, or the paper's tables and figures, on toy members trained where there are none yet."""
-    config, names = config_of(args, interval=8, block_size=8), tuple(train_toy.NAMES[:2])
+    config, names = config_of(args, interval=4, block_size=8), tuple(train_toy.NAMES[:2])
     available = len(train_toy.all_problems("test"))
     for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
         if not 1 <= count <= available:
@@ -1404,7 +1404,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
                               allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--interval", type=int, help="n, steps between two relays (default: 8 on the toy; the paper's for a benchmark)")
+    add("--interval", type=int, help="n, steps between two relays (default: 4 on the toy; the paper's for a benchmark)")
     add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 8 on the toy; 16)")
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")

@@ -53,7 +53,7 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     methods = [(row["method"], row["score"]) for row in table["rows"]]
     assert methods[:4] == [("member A", None), ("member B", None), ("oracle", None), ("post-generation", None)]
     assert methods[4:] == [("tie", score) for score in tie.SCORES]
-    T, M, rounds = 38, 2, 4
+    T, M, rounds = 38, 2, 9
     expected = [T, T, M * T, M * T, M * T] + [M * T + rounds * M * (M - 1)] * 3
     assert [row["forwards"] for row in table["rows"]] == expected
     assert all(0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1 for row in table["rows"])
@@ -62,7 +62,7 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     assert len(files) == 5
     for rows in files.values():
         assert len({row["id"] for row in rows}) == len(rows) == 6
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 8
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 4
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, here, capsys):
@@ -84,7 +84,7 @@ def test_results_of_other_settings_are_not_mixed(checkpoints, tmp_path, here, ca
     assert run("--checkpoints", checkpoints, "--out", tmp_path) == 0
     before = records(tmp_path)
     capsys.readouterr()
-    assert run("--checkpoints", checkpoints, "--out", tmp_path, "--interval", 4) == 2
+    assert run("--checkpoints", checkpoints, "--out", tmp_path, "--interval", 5) == 2
     assert "another config" in capsys.readouterr().err
     assert records(tmp_path) == before
 
@@ -99,9 +99,9 @@ def test_the_table_names_every_method(checkpoints, here, capsys):
 def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys):
     assert run("--checkpoints", checkpoints, "--trace", 2) == 0
     out = capsys.readouterr().out
-    assert out.count("round 1, step 8") == 2 and out.count("round 5, step 38") == 2
-    assert out.count("relayed to all") == 8
-    assert "_" * 24 in out and out.count("answer ") == 2
+    assert out.count("round 1, step 4") == 2 and out.count("round 10, step 38") == 2
+    assert out.count("relayed to all") == 18
+    assert "_" * 28 in out and out.count("answer ") == 2
 
 
 # --- figures of merit -----------------------------------------------------------------------------------
