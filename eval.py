@@ -52,7 +52,7 @@ import mdlm
 import tie
 import train_toy
 
-Record = dict[str, Any]  # one question's: id, gold, answers, correct, texts, winner, leaders, scores, tcc, top1, forwards
+Record = dict[str, Any]  # a question's: id, gold, answers, correct, texts, winner, leaders, scores, tcc, top1, forwards
 
 
 # --- decoding questions ---------------------------------------------------------------------------
@@ -414,8 +414,8 @@ def restarts(job: ToyJob, alone: list[Record]) -> dict[str, ToyJob]:
         failed = [p for p, record in zip(job.problems, alone) if record["correct"][s] and not record["correct"][r]]
         for part in SHARES:
             start = (sender, round(part * TOY_STEPS / 100))
-            runs[restart_name(receiver, part)] = replace(
-                job, names=(receiver,), problems=tuple(failed), restart=start)  # fmt: skip
+            own = replace(job, names=(receiver,), problems=tuple(failed), restart=start)
+            runs[restart_name(receiver, part)] = own
     return runs
 
 
@@ -457,8 +457,8 @@ def grids(names: tuple[str, ...]) -> dict[str, tuple[dict[str, dict[str, str]], 
                                               for rival, pick in rivals] for speed in SPEEDS}),
         "8": ({TCC: {"without": "tie plain count", "with": TCC}},
               {"Normalisation helps": [("with - without", TCC, "tie plain count")]}),
-        "9": (scoring, {f"Cross-model scoring helps {row}": [(
-                            "cross-model - source-only", runs["cross-model"], runs["source-only"])]
+        "9": (scoring, {f"Cross-model scoring helps {row}":
+                        [("cross-model - source-only", runs["cross-model"], runs["source-only"])]
                         for row, runs in scoring.items()}),
         "10": ({TCC: {"lowest C~": TCC, **{pick: f"{TCC}: {pick}" for pick in ("best model", "most selected")}}},
                {"The lowest C~ selects best": [(f"lowest C~ - {pick}", TCC, f"{TCC}: {pick}")
@@ -468,10 +468,10 @@ def grids(names: tuple[str, ...]) -> dict[str, tuple[dict[str, dict[str, str]], 
 
 def runs_of(number: str, names: tuple[str, ...]) -> list[str]:
     """The runs that a table reads."""
-    rows, claims = grids(names).get(number, ({}, {}))
-    sources = [source for row in rows.values() for source in row.values()] + [
-        reference for pairs in claims.values() for *_, reference in pairs if reference]
-    return [source.partition(": ")[0] for source in sources] or list(METHODS[1:] if number == "5" else [PLAIN])
+    if number in ("1", "5"):
+        return [PLAIN] if number == "1" else list(METHODS[1:])
+    rows, _ = grids(names)[number]  # a claim's runs are among the cells', or "post-generation"
+    return [source.partition(": ")[0] for row in rows.values() for source in row.values()]
 
 
 def answers_right(toy: Toy, source: str) -> list[bool]:
@@ -630,7 +630,9 @@ def show_paper_table(number: str, table: dict, problems: int) -> None:
 
 def draw_figure_1(toy: Toy, path: Path) -> None:
     """The three confidences of each member alone after every step, correct and incorrect answers apart."""
-    figure = new_figure(4.2 * len(toy.names), 8.4)
+    from matplotlib.figure import Figure  # outside pyplot, drawn by Agg
+
+    figure = Figure(figsize=(4.2 * len(toy.names), 8.4), layout="constrained")
     panels = figure.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
@@ -649,7 +651,7 @@ def draw_figure_1(toy: Toy, path: Path) -> None:
 
 
 def draw_mean(panel: Any, values: np.ndarray, colour: str, style: str, label: str) -> None:
-    """The mean of curves (problems, steps) with its 95 % band; NaN where a problem had no answer token left to count."""
+    """The mean of curves (problems, steps) with its 95 % band; NaN where a problem has no answer token left."""
     curves = np.ma.masked_invalid(values)
     mean, half = curves.mean(0), 1.96 * curves.std(0) / np.sqrt(np.maximum(curves.count(0), 1))
     steps = np.arange(1, len(mean) + 1)
@@ -659,7 +661,9 @@ def draw_mean(panel: Any, values: np.ndarray, colour: str, style: str, label: st
 
 def draw_figure_3(toy: Toy, path: Path, interval: int) -> None:
     """When the leader changes: of the relays at each place, those whose leader differs from the relay before."""
-    figure = new_figure(6, 4)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
     for k, (name, style) in enumerate(zip(METHODS[1:], ("o-", "s--", "^-.", "D:"))):
         leaders = [r["leaders"] for r in toy.records[name]]
@@ -676,25 +680,19 @@ def draw_figure_3(toy: Toy, path: Path, interval: int) -> None:
     figure.savefig(path, dpi=150)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """Drawn by Agg, which a figure outside pyplot has by default. ValueError where there is no matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 FIGURES = ("figure1.png", "figure3.png")
 
 
 def prepare_figures(folder: Path) -> None:
     """ValueError, before anything is trained, where no figure can be drawn or saved."""
-    new_figure(1, 1)
     try:
+        import matplotlib  # noqa: F401
+
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FIGURES:
-            (folder / name).touch()
+        (folder / "figure.part").touch()
+        (folder / "figure.part").unlink()
+    except ImportError:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
     except OSError as error:
         raise ValueError(f"cannot use --figure {folder}: {error.strerror}; give a folder that can be written") from None
 
@@ -1300,6 +1298,13 @@ def config_of(args: argparse.Namespace, interval: int, block_size: int, answer_w
     )  # fmt: skip
 
 
+def per_seed(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The arguments for each training seed, with a folder of its own where there are several."""
+    for seed in range(args.seed, args.seed + args.seeds):
+        out = args.out / f"seed{seed}" if args.out and args.seeds > 1 else args.out
+        yield argparse.Namespace(**{**vars(args), "seed": seed, "out": out})
+
+
 def run_toy(args: argparse.Namespace) -> None:
     """The main table, the trace, or the paper's tables and figures, on toy members trained where there are none yet."""
     config, names = config_of(args, interval=4, block_size=8), tuple(train_toy.NAMES[:2])
@@ -1307,8 +1312,7 @@ def run_toy(args: argparse.Namespace) -> None:
     for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
         if not 1 <= count <= available:
             raise ValueError(f"{name} {count}: give 1 to {available}, the size of the toy's test split")
-    runs = [argparse.Namespace(**{**vars(args), "seed": seed, "out": args.out / f"seed{seed}" if args.out and args.seeds > 1
-            else args.out}) for seed in range(args.seed, args.seed + args.seeds)]  # fmt: skip
+    runs = list(per_seed(args))
     trainings = [train_toy.Settings(seed=own.seed, steps=args.steps) for own in runs]
     effective = [{"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
                   "batch_size": args.batch_size, "config": asdict(config), "overconfident": args.overconfident,
@@ -1425,9 +1429,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(TITLES)} or all")  # fmt: skip
     toy("--seeds", type=int, default=1, metavar="N",
         help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
-    toy("--figure", type=Path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in this folder")
+    toy("--figure", type=Path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
     toy("--overconfident", type=overconfident, metavar="MEMBER=FACTOR",
-        help="multiply a member's logits; with --table 9 beside the members as trained (default there: B=4)")  # fmt: skip
+        help="multiply a member's logits; in Table 9 beside the members as trained (default there: B=4)")  # fmt: skip
     real = parser.add_argument_group("real checkpoints").add_argument
     real("--members", nargs="+", type=member_folder, metavar="NAME=FOLDER", help="LLaDA and Dream folders")
     real("--task", choices=BENCHMARKS, help="benchmark")
