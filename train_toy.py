@@ -163,10 +163,10 @@ class Settings:
 
 
 def rare_facts(settings: Settings, member: int) -> list[tuple[int, int]]:
-    """The rare facts of member 0, 1, ...: disjoint between members, spread evenly over the multipliers."""
+    """The rare facts of member 0, 1, ...: disjoint between members, spread evenly over digits and multipliers."""
     generator = torch.Generator().manual_seed(settings.seed)
-    shuffled = {m: torch.randperm(len(FACTORS), generator=generator).tolist() for m in FACTORS}
-    deck = [(FACTORS[shuffled[m][row]], m) for row in range(len(FACTORS)) for m in FACTORS]
+    digits, factors = ([FACTORS[i] for i in torch.randperm(len(FACTORS), generator=generator)] for _ in "dm")
+    deck = [(digits[(row + i) % len(digits)], factor) for row in range(len(digits)) for i, factor in enumerate(factors)]
     return sorted(deck[member * settings.rare_facts : (member + 1) * settings.rare_facts])
 
 

@@ -101,13 +101,14 @@ def test_problems_refuses_unknown_split_and_too_many():
 
 
 @given(st.integers(0, 99), st.integers(0, 16))
-def test_rare_facts_are_disjoint_between_members_and_even_over_multipliers(seed, count):
+def test_rare_facts_are_disjoint_between_members_and_even_over_digits_and_multipliers(seed, count):
     rare = [toy.rare_facts(toy.Settings(seed=seed, rare_facts=count), member) for member in range(4)]
     assert all(len(facts) == count for facts in rare)
     assert len(set().union(*rare)) == 4 * count
     for facts in rare:
-        per_multiplier = [sum(m == multiplier for _, m in facts) for multiplier in toy.FACTORS]
-        assert max(per_multiplier) - min(per_multiplier) <= 1
+        for side in (0, 1):
+            often = [sum(fact[side] == factor for fact in facts) for factor in toy.FACTORS]
+            assert max(often) - min(often) <= 1
 
 
 @settings(max_examples=20)
