@@ -146,7 +146,7 @@ class Settings:
     rare_facts: int = option(
         16, "facts that a member meets rarely", lambda x: 0 <= x <= FACTS, f"at most {FACTS} with all members together"
     )
-    weight: float = option(0.04, "how often a rare fact is drawn, others 1", lambda x: 0 < x <= 1, "in (0, 1]")
+    weight: float = option(0.05, "how often a rare fact is drawn, others 1", lambda x: 0 < x <= 1, "in (0, 1]")
     misprints: float = option(0.0, "share of false result digits in training", lambda x: 0 <= x < 1, "in [0, 1)")
     lr: float = option(6e-3, "peak learning rate of AdamW", lambda x: 0 < x < 1, "in (0, 1)")
     batch: int = option(64, "sequences a step", lambda x: x >= 1, "at least 1")
