@@ -96,7 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, H, L, E) by its positions, in the dtype of cos and sin (B, 1, L, E); back in the dtype of x."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, torch.cat([-second, first], dim=-1), sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -121,7 +121,8 @@ class Block(nn.Module):
         y = self.attn_norm(x)
         k = rotate(rearrange(self.k(y), "b l (g e) -> b g l e", g=self.kv_heads), cos, sin)
         v = rearrange(self.v(y), "b l (g e) -> b g l e", g=self.kv_heads)
-        k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
+        if self.kv_heads < self.heads:
+            k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
             x, y = (z.take_along_dim(chosen[:, :, None], 1) for z in (x, y))  # (B, K, D)
             cos, sin = (z.take_along_dim(chosen[:, None, :, None], 2) for z in (cos, sin))  # (B, 1, K, E)
