@@ -35,7 +35,8 @@ def run(*arguments):
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, ROOT / "eval.py", *map(str, arguments)], capture_output=True, text=True, check=False)
+    line = [sys.executable, ROOT / "eval.py", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def records(folder):

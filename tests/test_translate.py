@@ -195,7 +195,19 @@ def test_members_that_take_each_others_progress_away_end_too():
 
     members, config = [stubborn(SHORT), stubborn(LONG)], Config(interval=1, score="top1_probability", cross_model=False)
     result = tie.ensemble(members, [canvas_for(m, 0, 6) for m in members], config)
-    assert result.leaders[:, 0].tolist() == [0, 1] * 3 and all(canvas.complete.all() for canvas in result.candidates)
+    assert result.leaders[:, 0].tolist() == ([0, 1] * 6)[:11] and all(canvas.complete.all() for canvas in result.candidates)
+
+
+def test_a_reader_that_cannot_hold_a_text_has_no_say_in_its_score():
+    members = [member(LONG, 1), member(SHORT, 3)]
+    canvases, rounds = [canvas_for(members[0], 8, 4), canvas_for(members[1], 1, 4)], []
+    config = Config(interval=3, score="top1_probability")
+    both, own = (
+        tie.ensemble(members, canvases, replace(config, cross_model=c), rounds.append).scores[0] for c in (True, False)
+    )
+    state = (rounds[0]["tokens"][0], rounds[0]["masked"][0], canvases[0].reasoning, canvases[0].answer)
+    _, fits = tie.translate(*state, *members, canvases[1])
+    assert fits.tolist() == [True, False] and torch.equal(both[0] == own[0], ~fits) and (both[1] != own[1]).all()
 
 
 @given(st.lists(SEED, min_size=2, max_size=3), st.integers(1, 5), st.booleans())
