@@ -1415,7 +1415,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--selection", default="lowest_tcc", choices=tie.SELECTIONS, help="final response (default: %(default)s)")
     add("--score", default="token_change_count", choices=tie.SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=int, default=50, help="questions decoded together (default: %(default)s)")
+    add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
     add("--out", type=Path, help="folder for records and summary; an interrupted run goes on where it stopped")
     add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     toy = parser.add_argument_group("toy").add_argument
@@ -1472,6 +1472,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if len(set(names)) < len(names):
         parser.error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
     args.members = dict(args.members or [])
+    args.batch_size = args.batch_size or (8 if args.members else 32)
 
 
 def main(argv: list[str] | None = None) -> int:
