@@ -1478,6 +1478,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
+        train_toy.keep_memory()
         run_real(args) if args.members else run_toy(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
