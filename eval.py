@@ -719,7 +719,7 @@ def show_round(state: dict, names: Sequence[str]) -> None:
     print(f"round {state['round'] + 1}, step {state['step']}")
     for m, name in enumerate(names):
         ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])[train_toy.PROMPT_LENGTH :]
-        score, leads = float(state["scores"][m, 0]), int(state["leader"][0]) == m
+        score, leads = float(state["scores"][m, 0]) + 0.0, int(state["leader"][0]) == m  # -0.0 reads as 0
         line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist())
         said = f" {score:8.3f}" if math.isfinite(score) else ""
         print(f"  {name} {line}{said}{'  leads, relayed to all' if leads else ''}")
