@@ -204,13 +204,14 @@ class ToyJob:
     names: tuple[str, ...]
     config: tie.Config
     problems: tuple[train_toy.Problem, ...]
-    overconfident: tuple[str, float] | None = None  # a member, and the factor on its logits
+    factors: tuple[tuple[str, float], ...] = ()  # members and the factors on their logits
+    temperature: float = 0.0  # sample at this temperature instead of decoding greedily
     restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
 
 
 def toy_setup(job: ToyJob) -> Setup:
     """Members from their folders below the job's, all of one vocabulary."""
-    members = [toy_member(job, name) for name in job.names]
+    members = [toy_member(job, name, place) for place, name in enumerate(job.names)]
 
     def canvases(questions: list[Question]) -> list[tie.Canvas]:
         canvas = toy_canvas([q.prompt for q in questions])
@@ -222,11 +223,27 @@ def toy_setup(job: ToyJob) -> Setup:
     )  # fmt: skip
 
 
-def toy_member(job: ToyJob, name: str) -> tie.Member:
+def toy_member(job: ToyJob, name: str, place: int = 0) -> tie.Member:
+    """The member of this name; copies at other places among the members differ where they sample."""
     model, config = mdlm.load(Path(job.folder) / name)
-    sharp, factor = job.overconfident or ("", 1)
-    denoise = (lambda *inputs: factor * model(*inputs)) if name == sharp else model
+    factor = dict(job.factors).get(name, 1.0)
+    scaled = model if factor == 1 else (lambda *inputs: factor * model(*inputs))
+    seed = zlib.crc32(f"{place} {job.problems[0].prompt}".encode()) if job.temperature else 0
+    denoise = sampling(scaled, job.temperature, seed) if job.temperature else scaled
     return tie.Member(denoise, config.mask_id, config.eos_id, name)
+
+
+def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denoiser:
+    """With Gumbel noise on the logits the greedy choice is a sample at the temperature. The noise reaches the order of
+    unmasking too, since that follows the same logits."""
+    dice = torch.Generator().manual_seed(seed)
+
+    def noisy(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        logits = denoise(tokens, positions, mask)  # (B, K, V)
+        exponential = torch.empty_like(logits).exponential_(generator=dice)  # (B, K, V)
+        return logits / temperature - exponential.log()
+
+    return noisy
 
 
 def restarted(job: ToyJob, canvas: tie.Canvas) -> tie.Canvas:
@@ -267,8 +284,7 @@ def workers(jobs: int) -> Iterator[Callable]:
 
 def decode_toy(args: argparse.Namespace, runs: dict[str, ToyJob]) -> dict[str, list[Record]]:
     """Records of every run, in the order of its problems."""
-    files = {name: Records(args.out, name + (" {}={:g}".format(*job.overconfident) if job.overconfident else ""))
-             for name, job in runs.items()}  # fmt: skip
+    files = {name: Records(args.out, name) for name in runs}
     batches = [(name, replace(job, problems=job.problems[i : i + args.batch_size]))
                for name, job in runs.items() for i in range(0, len(job.problems), args.batch_size)]  # fmt: skip
     todo = [(name, job) for name, job in batches if any(p.prompt not in files[name].done for p in job.problems)]
@@ -386,12 +402,12 @@ class Toy:
 
     names: tuple[str, ...]
     best: int  # the member best on the validation problems of its training
-    overconfident: tuple[str, float]  # in Table 9
+    factors: dict[str, tuple[tuple[str, float], ...]]  # of a table: members and the factors on their logits in it
     records: dict[str, list[Record]]  # of each run
 
 
-def toy_runs(job: ToyJob, overconfident: tuple[str, float]) -> dict[str, ToyJob]:
-    """Every run that tables and figures read, but for `restarts`."""
+def toy_runs(job: ToyJob, factors: tuple[tuple[str, float], ...]) -> dict[str, ToyJob]:
+    """Every run that the paper's tables and figures read, but for `restarts`."""
     alone = {"interval": TOY_STEPS}
     fields: dict[str, dict] = {PLAIN: alone | {"normalize": False}, "tie plain count": {"normalize": False}}
     fields |= {f"tie n={n}": {"interval": n} for n in INTERVALS}
@@ -400,7 +416,7 @@ def toy_runs(job: ToyJob, overconfident: tuple[str, float]) -> dict[str, ToyJob]
     fields |= {f"{name} source-only": {"score": name[4:], "cross_model": False} for name in LOGIT}
     runs = toy_methods(job) | {name: replace(job, config=replace(job.config, **own)) for name, own in fields.items()}
     for name in [f"{name}{scoring}" for name in LOGIT for scoring in ("", " source-only")]:
-        runs[f"{name} overconfident"] = replace(runs[name], overconfident=overconfident)
+        runs[f"{name} overconfident"] = replace(runs[name], factors=factors)
     for member, score in itertools.product(job.names, tie.SCORES[1:]):  # Fig. 1: a relay to itself, scored, each step
         config = replace(job.config, score=score, interval=1)
         runs[f"member {member} {score}"] = replace(job, names=(member,), config=config)
@@ -433,7 +449,10 @@ def decode_once(args: argparse.Namespace, runs: dict[str, ToyJob], needed: Itera
     return {name: records[own[name]] for name in own}
 
 
-def grids(names: tuple[str, ...]) -> dict[str, tuple[dict[str, dict[str, str]], dict[str, list]]]:
+Grid = tuple[dict[str, dict[str, str]], dict[str, list]]
+
+
+def grids(names: tuple[str, ...]) -> dict[str, Grid]:
     """The tables of accuracies. Rows and columns: the run of each cell, and after ": " which candidate, if not its
     winner. Claims: the differences that decide, each its name and two runs like a cell's; None for one half."""
     after, members = "post-generation", {f"member {name}": f": {name}" for name in names}
@@ -463,6 +482,7 @@ def grids(names: tuple[str, ...]) -> dict[str, tuple[dict[str, dict[str, str]], 
         "10": ({TCC: {"lowest C~": TCC, **{pick: f"{TCC}: {pick}" for pick in ("best model", "most selected")}}},
                {"The lowest C~ selects best": [(f"lowest C~ - {pick}", TCC, f"{TCC}: {pick}")
                                                for pick in ("best model", "most selected")]}),
+        **own_grids(),
     }  # fmt: skip
 
 
@@ -478,9 +498,13 @@ def answers_right(toy: Toy, source: str) -> list[bool]:
     """Of a run's candidates those that `source` names, or the winners."""
     run, _, pick = source.partition(": ")
     records = toy.records[run]
-    fixed = {name: m for m, name in enumerate(toy.names)} | {"best model": toy.best}
+    fixed = {name: m for m, name in enumerate(toy.names)} | {"best model": toy.best, "first": 0, "second": 1}
+    if pick == "oracle":
+        return [any(r["correct"]) for r in records]
+    if pick.startswith("vote"):
+        return [vote(r, int(pick.split()[1])) for r in records]
     if pick == "best member":  # on the test problems themselves: the hardest rival
-        fixed[pick] = max(range(len(toy.names)), key=lambda m: sum(r["correct"][m] for r in records))
+        fixed[pick] = max(range(len(records[0]["correct"])), key=lambda m: sum(r["correct"][m] for r in records))
     if pick == "most selected":
         return [r["correct"][most_selected(r)] for r in records]
     return [r["correct"][fixed.get(pick, r["winner"])] for r in records]
@@ -490,6 +514,13 @@ def most_selected(record: Record) -> int:
     """The member that led most often; with equal numbers the one of lowest C~, as in `tie.select`."""
     leads = [record["leaders"].count(m) for m in range(len(record["correct"]))]
     return leads.index(max(leads)) if leads.count(max(leads)) == 1 else record["winner"]
+
+
+def candidates_used(pick: str, members: int) -> float:
+    """The part of a run's forwards that the pick needs."""
+    if pick.startswith("vote"):
+        return int(pick.split()[1]) / members
+    return 1 if pick in ("", "oracle", "most selected") else 1 / members
 
 
 def share(row: str, column: str, right: Sequence[bool]) -> dict:
@@ -504,7 +535,7 @@ def grid_table(number: str, toy: Toy) -> tuple[list[dict], dict[str, list[dict]]
     for row, sources in rows.items():
         for column, source in sources.items():
             run, _, pick = source.partition(": ")
-            forwards = [r["forwards"] / (len(toy.names) if pick in toy.names else 1) for r in toy.records[run]]
+            forwards = [r["forwards"] * candidates_used(pick, len(r["correct"])) for r in toy.records[run]]
             cell = share(row, column, answers_right(toy, source))
             cells.append({**cell, "forwards": float(np.mean(forwards)) if forwards else None})
     return cells, {claim: [compared(toy, *pair) for pair in pairs] for claim, pairs in claims.items()}
@@ -568,9 +599,8 @@ def paper_table(number: str, toy: Toy) -> dict:
     paper = [{"row": f"paper, {row}", "column": column, "value": figure}
              for row, figures in rows.items() for column, figure in zip(columns, figures)]  # fmt: skip
     judged = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
-    member, factor = toy.overconfident
-    title = TITLES[number] + (f"; overconfident: member {member}, logits times {factor:g}" if number == "9" else "")
-    return {"title": title, "cells": cells, "paper": paper, "claims": judged}
+    scaled = "".join(f"; logits of {name} times {factor:.3g}" for name, factor in toy.factors.get(number, ()))
+    return {"title": (TITLES | OWN_TITLES)[number] + scaled, "cells": cells, "paper": paper, "claims": judged}
 
 
 def over_seeds(tables: list[dict]) -> dict:
@@ -604,7 +634,7 @@ def figure_text(entry: dict, value: float | None, unit: str, signed: bool = Fals
 
 def show_paper_table(number: str, table: dict, problems: int) -> None:
     """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
-    print(f"\nTable {number}: {table['title']}")
+    print(f"\nTable {number}: {table['title']}" if number in TITLES else f"\nBeyond the paper: {table['title']}")
     unit = "%" if "%" in table["title"] else ""
     grid: dict[str, dict[str, str]] = {}
     for cell in table["cells"]:
@@ -623,6 +653,117 @@ def show_paper_table(number: str, table: dict, problems: int) -> None:
         differences = [f"{c['name']}: {figure_text(c, c['difference'], unit, True)}" for c in claim["comparisons"]]
         text = f"{claim['claim']}: {claim['verdict']} ({'; '.join(differences)})"
         print(textwrap.fill(text, 120, subsequent_indent="    "))
+
+
+# --- questions beyond the paper ---------------------------------------------------------------------------
+
+OWN_TITLES = {
+    "members": "one to four members, their rare facts disjoint, accuracy % / forwards",
+    "cost": "equal cost, TIE against votes over samples of one member, accuracy % / forwards",
+    "history": "a fifth score, the source model's top-1 probability averaged over the round, accuracy %",
+    "unequal": "a member far weaker than the other; logit scores also calibrated, accuracy %",
+}
+HISTORY = "tie top1_history"
+SIZES = range(1, 5)  # M
+AFTER = {m: METHODS[0] if m == 2 else f"{METHODS[0]} M={m}" for m in SIZES}
+TIED = {m: TCC if m == 2 else f"tie M={m}" for m in SIZES}
+TEMPERATURE = 0.5  # of the samples
+
+
+def own_grids() -> dict[str, Grid]:
+    """As `grids`."""
+    voted = {m: f"samples: vote {m}" for m in SIZES[1:]}
+    rival = "unequal post-generation: first"
+    unequal = {"the better member": {"as trained": rival}, "the weaker one": {"as trained": rival[:-5] + "second"}}
+    unequal |= {name: {"as trained": f"unequal {name}"} for name in (*METHODS, HISTORY)}
+    for name in (*LOGIT, HISTORY):
+        unequal[name]["calibrated"] = f"unequal {name} calibrated"
+    return {
+        "members": ({f"M = {m}": {"best member": f"{AFTER[m]}: best member", "oracle": f"{AFTER[m]}: oracle",
+                                  "post-generation": AFTER[m], "TIE": TIED[m]} for m in SIZES},
+                    {"TIE gains with every further member":
+                     [(f"M = {m + 1} - M = {m}", TIED[m + 1], TIED[m]) for m in SIZES[:-1]],
+                     "TIE is ahead of post-generation": [(f"M = {m}", TIED[m], AFTER[m]) for m in SIZES[1:]]}),
+        "cost": ({"best member, greedy": {"accuracy": "post-generation: best model"},
+                  "best member, trained twice as long": {"accuracy": "trained longer"},
+                  **{f"best member, vote of {m} samples": {"accuracy": voted[m]} for m in voted},
+                  **{f"TIE of {m} members": {"accuracy": TIED[m]} for m in voted}},
+                 {"TIE is ahead of as many samples of its best member":
+                  [(f"M = {m}", TIED[m], voted[m]) for m in voted],
+                  "TIE of two is ahead of the best member trained twice as long":
+                  [("TIE - best member", TCC, "trained longer")]}),
+        "history": ({TCC: {f"n = {n}": f"tie n={n}" for n in INTERVALS},
+                     HISTORY: {f"n = {n}": f"{HISTORY} n={n}" for n in INTERVALS},
+                     **{name: {"n = 4": f"{name} n=4"} for name in LOGIT}},
+                    {"The fifth score is ahead of the token change count":
+                     [(f"n = {n}", f"{HISTORY} n={n}", f"tie n={n}") for n in INTERVALS],
+                     "The fifth score is ahead of the three logit scores":
+                     [(f"n = 4, {name}", f"{HISTORY} n=4", f"{name} n=4") for name in LOGIT]}),
+        "unequal": (unequal, {"TIE is ahead of the better member": [(name, f"unequal {name}", rival)
+                                                                    for name in (*METHODS[1:], HISTORY)],
+                              "Calibration helps": [(name, f"unequal {name} calibrated", f"unequal {name}")
+                                                    for name in (*LOGIT, HISTORY)]}),
+    }  # fmt: skip
+
+
+def own_plan(tables: Sequence[str], settings: train_toy.Settings, best: str, other: str) -> train_toy.Plan:
+    """The members that these tables need beside A and B."""
+    plan: train_toy.Plan = {}
+    if {"members", "cost"} & set(tables):
+        plan |= train_toy.plan_members(settings, max(SIZES))
+    if "cost" in tables:
+        plan[f"{best}-long"] = (replace(settings, steps=2 * settings.steps), best)
+    if "unequal" in tables:
+        plan[f"{other}-weak"] = (replace(settings, weight=settings.weight / 8), other)
+    return plan
+
+
+def own_runs(job: ToyJob, best: str, other: str, calibration: tuple[tuple[str, float], ...]) -> dict[str, ToyJob]:
+    """Every run that the tables beyond the paper read, beside those of `toy_runs`."""
+    alone, runs = replace(job.config, interval=TOY_STEPS), {}
+    for m in (1, 3, 4):
+        runs[TIED[m]] = replace(job, names=tuple(train_toy.NAMES[:m]))
+        runs[AFTER[m]] = replace(runs[TIED[m]], config=alone)
+    runs["samples"] = replace(job, names=(best,) * max(SIZES), config=alone, temperature=TEMPERATURE)
+    runs["trained longer"] = replace(job, names=(f"{best}-long",), config=alone)
+    for name, n in [*((HISTORY, n) for n in INTERVALS), *((name, 4) for name in LOGIT)]:
+        runs[f"{name} n={n}"] = replace(job, config=replace(job.config, score=name[4:], interval=n))
+    unequal = replace(job, names=(best, f"{other}-weak"))
+    runs |= {f"unequal {name}": own for name, own in toy_methods(unequal).items()}
+    runs[f"unequal {HISTORY}"] = replace(unequal, config=replace(job.config, score=HISTORY[4:]))
+    for name in (*LOGIT, HISTORY):
+        runs[f"unequal {name} calibrated"] = replace(runs[f"unequal {name}"], factors=calibration)
+    return runs
+
+
+def vote(record: Record, count: int) -> bool:
+    """Is the most frequent of the first `count` answers right? Of equally frequent ones the answer of lowest C~."""
+    answers = record["answers"][:count]
+    most = max(map(answers.count, answers))
+    leading = [m for m, answer in enumerate(answers) if answers.count(answer) == most]
+    return record["correct"][min(leading, key=lambda m: record["tcc"][m])]
+
+
+def calibrated(job: ToyJob, name: str) -> tuple[str, float]:
+    """The factor on a member's logits, an inverse temperature, under which the right answers of validation problems
+    are likeliest, token by token, over the states of its own decoding."""
+    problems = train_toy.problems("validation", 200)
+    member, canvas = toy_member(job, name), toy_canvas([p.prompt for p in problems])
+    right = torch.tensor([train_toy.sequence(p) for p in problems])[:, canvas.answer]  # (B, A)
+    positions = torch.arange(canvas.answer.start, canvas.answer.stop).expand_as(right)  # (B, A)
+    states: list[dict] = []
+    tie.ensemble([member], [canvas], replace(job.config, interval=2), states.append)
+    logits, gold = [], []
+    for state in states:
+        tokens, masked = state["tokens"][0], state["masked"][0]  # (B, L)
+        open_ = masked[:, canvas.answer]  # (B, A)
+        with torch.no_grad():
+            read = member.denoise(tokens.masked_fill(masked, member.mask_id), positions, None)  # (B, A, V)
+        logits.append(read[open_])
+        gold.append(right[open_])
+    said, meant = torch.cat(logits), torch.cat(gold)  # (N, V), (N,)
+    factors = torch.logspace(-1, 1, 81)
+    return name, float(min(factors, key=lambda factor: torch.nn.functional.cross_entropy(factor * said, meant)))
 
 
 # --- the paper's figures on the toy ---------------------------------------------------------------------
@@ -1315,7 +1456,7 @@ def run_toy(args: argparse.Namespace) -> None:
     runs = list(per_seed(args))
     trainings = [train_toy.Settings(seed=own.seed, steps=args.steps) for own in runs]
     effective = [{"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
-                  "batch_size": args.batch_size, "config": asdict(config), "overconfident": args.overconfident,
+                  "batch_size": args.batch_size, "config": asdict(config), "overconfident": dict(args.overconfident),
                   "training": asdict(training)} for training in trainings]  # fmt: skip
     if args.figure:
         prepare_figures(args.figure)
@@ -1324,31 +1465,36 @@ def run_toy(args: argparse.Namespace) -> None:
     problems = tuple(train_toy.problems("test", args.trace or args.problems, seed=args.problem_seed))
     tables = []
     for own, training in zip(runs, trainings):
-        trained = train_toy.train_members(training, toy_folder(own), members=len(names))
+        trained = train_toy.train_members(train_toy.plan_members(training, len(names)), toy_folder(own))
         job = ToyJob(str(toy_folder(own)), names, config, problems)
         if args.trace:
-            show_trace(replace(job, overconfident=args.overconfident))
+            show_trace(replace(job, factors=args.overconfident))
         elif args.table or args.figure:
-            tables.append(paper_run(own, job, [record["validation_accuracy"] for record in trained]))
+            tables.append(paper_run(own, job, training, [record["validation_accuracy"] for record in trained]))
         else:
-            job = replace(job, overconfident=args.overconfident)
+            job = replace(job, factors=args.overconfident)
             finish(own, effective[0], main_table(decode_toy(own, toy_methods(job)), names))
     if args.table:
         seeds = [own.seed for own in runs]
         finish(args, {**effective[0], "seeds": seeds}, tables[0] if len(seeds) == 1 else joined(tables, seeds))
 
 
-def paper_run(args: argparse.Namespace, job: ToyJob, validation: list[float]) -> dict:
-    """The paper's tables that were asked for, with the rows of the main table that they decode; draws the figures."""
+def paper_run(args: argparse.Namespace, job: ToyJob, settings: train_toy.Settings, validation: list[float]) -> dict:
+    """The tables that were asked for, with the rows of the main table that they decode; draws the figures."""
+    best = validation.index(max(validation))
+    pair = job.names[best], job.names[1 - best]
+    train_toy.train_members(own_plan(args.table, settings, *pair), job.folder)
+    factors = {"9": args.overconfident or ((job.names[-1], 4.0),)}
+    if "unequal" in args.table:
+        factors["unequal"] = tuple(calibrated(job, name) for name in (pair[0], f"{pair[1]}-weak"))
     needed = [run for number in args.table for run in ("post-generation", *runs_of(number, job.names))]
     needed += [f"member {name} {score}" for name in job.names for score in tie.SCORES[1:] if args.figure]
     needed += METHODS[1:] if args.figure else ()
-    sharp = args.overconfident or (job.names[-1], 4.0)
-    runs = toy_runs(job, sharp)
+    runs = toy_runs(job, factors["9"]) | own_runs(job, *pair, factors.get("unequal", ()))
     records = decode_once(args, runs, [name for name in dict.fromkeys(needed) if name in runs])
     if "2" in args.table:
         records |= decode_toy(args, restarts(runs["post-generation"], records["post-generation"]))
-    toy = Toy(job.names, validation.index(max(validation)), sharp, records)
+    toy = Toy(job.names, best, factors, records)
     if args.figure:
         draw_figure_1(toy, args.figure / FIGURES[0])
         draw_figure_3(toy, args.figure / FIGURES[1], job.config.interval)
@@ -1385,11 +1531,11 @@ def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
         show_paper_table(number, own, count)
 
 
-def overconfident(text: str) -> tuple[str, float]:
+def overconfident(text: str) -> tuple[tuple[str, float], ...]:
     name, _, factor = text.partition("=")
     try:
         if name in train_toy.NAMES[:2] and name and 0 < float(factor) < math.inf:
-            return name, float(factor)
+            return ((name, float(factor)),)
     except ValueError:
         pass
     choices = " or ".join(train_toy.NAMES[:2])
@@ -1413,7 +1559,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
     add("--selection", default="lowest_tcc", choices=tie.SELECTIONS, help="final response (default: %(default)s)")
-    add("--score", default="token_change_count", choices=tie.SCORES,
+    add("--score", default="token_change_count", choices=tie.SCORES + tie.OWN_SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
     add("--out", type=Path, help="folder for records and summary; an interrupted run goes on where it stopped")
@@ -1425,12 +1571,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
     toy("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
     toy("--trace", type=int, metavar="N", help="show N decodings round by round instead of the table")
-    toy("--table", nargs="+", choices=[*TITLES, "all"], default=[], metavar="N",
-        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(TITLES)} or all")  # fmt: skip
+    toy("--table", nargs="+", choices=[*TITLES, "all", *OWN_TITLES, "own"], default=[], metavar="N",
+        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(TITLES)}, or all of them; "
+             f"and questions beyond the paper: {' '.join(OWN_TITLES)}, or own for all of these")  # fmt: skip
     toy("--seeds", type=int, default=1, metavar="N",
         help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
     toy("--figure", type=Path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
-    toy("--overconfident", type=overconfident, metavar="MEMBER=FACTOR",
+    toy("--overconfident", type=overconfident, default=(), metavar="MEMBER=FACTOR",
         help="multiply a member's logits; in Table 9 beside the members as trained (default there: B=4)")  # fmt: skip
     real = parser.add_argument_group("real checkpoints").add_argument
     real("--members", nargs="+", type=member_folder, metavar="NAME=FOLDER", help="LLaDA and Dream folders")
@@ -1446,7 +1593,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    args.table = list(TITLES) if "all" in args.table else list(dict.fromkeys(args.table))
+    groups = {"all": list(TITLES), "own": list(OWN_TITLES)}
+    args.table = list(dict.fromkeys(number for asked in args.table for number in groups.get(asked, [asked])))
     for name in ("batch_size", "limit", "trace", "seeds"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")

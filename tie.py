@@ -14,7 +14,8 @@ Glossary: name here -> symbol, equation or section of the paper
     lead, leader           m*, the argmax of the scores, Eq. 9
     relay                  every model's state becomes T_{m*}, Eq. 10
     select                 the final response (Sec. 4.4, App. D, Table 10)
-    translate              relay between different vocabularies
+    top1_history           a fifth score, ours: the source model's top-1 probability over the steps of the round
+    translate              relay between different vocabularies, ours
 
 "Our decision" marks what the paper leaves open and we had to settle.
 Shapes: B rows (questions), L positions, W block size, A answer positions, K positions read, V vocabulary, n steps.
@@ -35,6 +36,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 logits[b, k] is the distribution of the token AT positions[b, k]. Any float dtype, any device."""
 
 SCORES = ("token_change_count", "top1_probability", "negative_entropy", "probability_margin")
+OWN_SCORES = ("top1_history",)  # not in the paper
 SELECTIONS = ("lowest_tcc", "best_model", "most_selected")
 SILENT = float("-inf")  # score of a trajectory that says nothing about its answer, below all others (our decision)
 
@@ -73,7 +75,7 @@ class Config:
 
     interval: int = 16  # n
     block_size: int = 16  # W, of semi-autoregressive decoding
-    score: str = "token_change_count"  # one of SCORES
+    score: str = "token_change_count"  # one of SCORES or OWN_SCORES
     cross_model: bool = True  # logit scores: mean over all models (Eq. 8), or the source model alone
     normalize: bool = True  # token change count: Eq. 7, or Eq. 5
     top_k: int = 1  # tokens committed a step,
@@ -88,7 +90,7 @@ class Config:
             unset = name == "answer_window" and value is None
             if not unset and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name, choices in (("score", SCORES), ("selection", SELECTIONS)):
+        for name, choices in (("score", SCORES + OWN_SCORES), ("selection", SELECTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -253,6 +255,14 @@ def token_change_count(top1_tokens: Tensor, counted: Tensor, normalize: bool = T
     return step_changes(top1_tokens, counted, normalize).sum(0).float()
 
 
+def top1_history(top1: Tensor) -> Tensor:
+    """(B,) mean of top1 (n, B), the mean top-1 probabilities of a round's steps, over the steps with a non-empty A^(t).
+
+    Not in the paper: like the token change count it is read from the source model's own steps, without a forward more.
+    """
+    return mean_over(top1.T, top1.T > SILENT)
+
+
 def confidence(logits: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """The three logit scores, each (B,): means over A^(t), entropy in nats; -inf where A^(t) is empty.
 
@@ -299,8 +309,9 @@ class Run:
         self.canvas = commit(self.canvas, reading, self.config)
 
     def close_round(self) -> tuple[Tensor, Tensor]:
-        """Score -C~(n) (Eq. 6) and tie-breaking top-1 probability of the round, each (B,); the history starts again."""
-        top1 = torch.full_like(self.top1, SILENT)
+        """Score of the round, -C~(n) (Eq. 6) or `top1_history`, and tie-breaking top-1 probability of its most recent
+        step with a non-empty A, each (B,); the history starts again."""
+        top1 = history = torch.full_like(self.top1, SILENT)
         count, compared = torch.zeros_like(self.tcc), torch.zeros_like(self.compared)
         if self.history:
             _check_nan(self.member, self.history)
@@ -310,12 +321,14 @@ class Run:
             counted[:-1] &= alive[1:, :, None]  # a comparison takes two forwards of the row itself
             count = step_changes(tokens, counted, self.config.normalize).sum(0)
             compared = counted[:-1].any(-1).any(0)
+            history = top1_history(torch.stack([reading.top1 for reading in self.history]))
         for reading in self.history:
             top1 = torch.where(reading.top1 > SILENT, reading.top1, top1)
         self.history = []
         self.tcc, self.compared = self.tcc + count, self.compared | compared
         self.top1 = torch.where(top1 > SILENT, top1, self.top1)
-        return (-count.float()).masked_fill(~compared, SILENT), top1
+        stability = (-count.float()).masked_fill(~compared, SILENT)
+        return history if self.config.score in OWN_SCORES else stability, top1
 
 
 def generate(runs: list[Run], config: Config) -> int:
@@ -467,7 +480,7 @@ def ensemble(
         ended = ended | stack_on(home, [run.canvas.complete for run in runs]).any(0) | (limit <= step)
         last = bool(ended.all())  # no relay follows the last stretch
         heard: list = []
-        if config.score != "token_change_count" and not last:
+        if config.score in SCORES[1:] and not last:
             scores, heard = assess(runs, config, ended)
         leader = lead(scores, top1).masked_fill(ended, -1)
         scores = scores.masked_fill(ended, SILENT)

@@ -303,18 +303,26 @@ def answers(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> 
 # --- members side by side ---------------------------------------------------------------------------
 
 
-def train_members(settings: Settings, out: str | os.PathLike, members: int = 2, device: str = "") -> list[dict]:
-    """Train members "A", "B", ... side by side, one process each, into folders of `out`; return their records.
+Plan = dict[str, tuple[Settings, str]]  # folder of a member -> its settings, and which of NAMES it is
 
-    A folder that is complete, with equal settings, stays as it is; any other is written anew. device "" takes CUDA
-    where there is one. ValueError on settings or folders that cannot work, before any training; RuntimeError when a
-    training process ends early.
-    """
+
+def plan_members(settings: Settings, members: int = 2) -> Plan:
+    """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
     if not 1 <= members <= len(NAMES) or members * settings.rare_facts > FACTS:
         raise ValueError(f"members is {members} with {settings.rare_facts} rare facts each: "
                          f"at most {len(NAMES)} members, and {FACTS} facts for all of them")  # fmt: skip
-    folders = {name: Path(out) / name for name in NAMES[:members]}
-    todo = [name for name, folder in folders.items() if read_record(folder, settings, name) is None]
+    return {name: (settings, name) for name in NAMES[:members]}
+
+
+def train_members(plan: Plan, out: str | os.PathLike, device: str = "") -> list[dict]:
+    """Train all members of the plan side by side, one process each, into folders of `out`; return their records.
+
+    A folder that is complete, with equal settings, stays as it is; any other is written anew. device "" takes CUDA
+    where there is one. ValueError on folders and devices that cannot work, before any training; RuntimeError when a
+    training process ends early.
+    """
+    folders = {name: Path(out) / name for name in plan}
+    todo = [name for name in plan if read_record(folders[name], *plan[name]) is None]
     for name in todo:
         _prepare(folders[name])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -322,7 +330,7 @@ def train_members(settings: Settings, out: str | os.PathLike, members: int = 2, 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
-    _run_workers({name: (settings, name, str(folders[name]), device) for name in todo}, settings.steps)
+    _run_workers({name: (*plan[name], str(folders[name]), device) for name in todo})
     return [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
 
 
@@ -373,7 +381,7 @@ def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: 
         sys.exit(1)
 
 
-def _run_workers(jobs: dict[str, tuple], steps: int) -> None:
+def _run_workers(jobs: dict[str, tuple[Settings, str, str, str]]) -> None:
     """Run `_work` for each job, a spawned process each. RuntimeError as soon as one fails; none outlives the call."""
     context = multiprocessing.get_context("spawn")
     workers = {}
@@ -384,18 +392,18 @@ def _run_workers(jobs: dict[str, tuple], steps: int) -> None:
             worker.start()
             theirs.close()  # so that the end of the process reads as the end of the pipe
             workers[pipe] = (name, worker)
-        _watch(workers, steps)
+        _watch(workers, sum(job[0].steps for job in jobs.values()))
     finally:
         for _, worker in workers.values():
             worker.terminate()
             worker.join()
 
 
-def _watch(workers: dict[Any, tuple[str, Any]], steps: int) -> None:
-    """Show the progress of all members in one line until every process has ended."""
+def _watch(workers: dict[Any, tuple[str, Any]], total: int) -> None:
+    """Show the progress of all members, `total` steps, in one line until every process has ended."""
     seen = {name: (0, math.nan) for name, _ in workers.values()}  # step, loss
     at_work = dict(workers)
-    with tqdm(total=steps * len(seen), unit="step", disable=None if seen else True) as bar:  # None: on a terminal only
+    with tqdm(total=total, unit="step", disable=None if seen else True) as bar:  # None: on a terminal only
         while at_work:
             pipe = cast(Connection, wait(list(at_work))[0])
             name, worker = at_work[pipe]
@@ -453,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     keep_memory()
     try:
-        records = train_members(options.settings, options.out, options.members, options.device)
+        records = train_members(plan_members(options.settings, options.members), options.out, options.device)
     except (ValueError, RuntimeError) as error:
         print(f"train_toy.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -44,7 +44,10 @@ class State:
 
 
 # n steps of one member on one row, or fewer if it completes
-Stretch = namedtuple("Stretch", "count comparisons top1 steps")
+class Stretch(namedtuple("Stretch", "count comparisons history steps")):
+    @property
+    def top1(self) -> Mean:
+        return self.history[-1] if self.history else NOTHING
 
 
 def guess(logits: list[float], mask_id: int) -> Guess:
@@ -118,7 +121,8 @@ def commit(state: State, guesses: dict[int, Guess], block: list[int], config: ti
 
 def generate(member: tie.Member, state: State, reasoning: slice, answer: slice, config: tie.Config) -> Stretch:
     """n steps alone; the comparisons of Eq. 5 or 7 between each step and the next."""
-    count, comparisons, top1, steps = Fraction(0), 0, NOTHING, 0
+    count, comparisons, steps = Fraction(0), 0, 0
+    history: list[Mean] = []
     before: dict[int, int] = {}  # A^(t) of the step before, each position with its top-1
     while steps < config.interval and any(state.masked):
         guesses = look(member, state)
@@ -128,19 +132,26 @@ def generate(member: tie.Member, state: State, reasoning: slice, answer: slice, 
             comparisons += 1
         A = relevant(member, state, guesses, answer, config)
         before = {i: guesses[i].token for i in A}
-        top1 = mean(A, guesses, "top1_probability") if A else top1
+        history += [mean(A, guesses, "top1_probability")] if A else []
         commit(state, guesses, open_positions(state, reasoning, answer, config.block_size), config)
         steps += 1
-    return Stretch(count, comparisons, top1, steps)
+    return Stretch(count, comparisons, history, steps)
 
 
 def assess(members: list, m: int, state: State, stretch: Stretch, answer: slice, config: tie.Config) -> Mean:
     """The score of trajectory m."""
     if config.score == "token_change_count":
         return Mean(-stretch.count, ()) if stretch.comparisons else NOTHING
+    if config.score == "top1_history":
+        return average(stretch.history)
     readers = members if config.cross_model else [members[m]]
     readings = [(reader, look(reader, state)) for reader in readers]
     means = [mean(relevant(r, state, g, answer, config), g, config.score) for r, g in readings]
+    return average(means)
+
+
+def average(means: list[Mean]) -> Mean:
+    """The mean of those that say something."""
     said = [part.value for part in means if part.value > NEVER]
     return Mean(sum(said) / len(said), tuple(means)) if said else NOTHING
 
@@ -177,7 +188,7 @@ def ensemble_row(members: list, states: list[State], reasoning: slice, answer: s
             scores.append([float(score.value) for score in f])
             leaders.append(leader(f, [stretch.top1 for stretch in stretches]))
             states = [deepcopy(states[leaders[-1]]) for _ in members]
-            if config.score != "token_change_count":  # of M * M forwards the leader's M serve the next step too
+            if config.score in tie.SCORES[1:]:  # of M * M forwards the leader's M serve the next step too
                 forwards += M * (M - 1) if config.cross_model else M
 
 

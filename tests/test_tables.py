@@ -25,7 +25,7 @@ REASONING = slice(train_toy.PROMPT_LENGTH, train_toy.PROMPT_LENGTH + train_toy.R
 @cache
 def targets(name, prompt):
     """What a fake member wants to say, (2, L): right where it knows the problem, and with help in any case. By chance
-    A and B each miss about a third of all problems."""
+    each misses about a third of all problems."""
     right = torch.tensor(train_toy.sequence(train_toy.Problem(int(prompt[:4]), int(prompt[5]))))  # (L,)
     known = zlib.crc32(f"{name}{prompt}".encode()) % 3 > 0
     return torch.stack([right if known else torch.where(right < 10, (right + 1) % 10, right), right])
@@ -34,7 +34,7 @@ def targets(name, prompt):
 def fake_denoiser(name):
     """Finding the first column right in the reasoning is help. Noise depends on the state, so that top-1 tokens change
     and members disagree; it matters less as decoding goes on."""
-    weights = torch.randn(train_toy.LENGTH, 17, generator=torch.Generator().manual_seed(ord(name)))  # (L, V)
+    weights = torch.randn(train_toy.LENGTH, 17, generator=torch.Generator().manual_seed(sum(map(ord, name))))  # (L, V)
 
     def denoise(tokens, positions, attention_mask):
         own = torch.stack([targets(name, train_toy.decode(row[: train_toy.PROMPT_LENGTH])) for row in tokens.tolist()])
@@ -48,11 +48,10 @@ def fake_denoiser(name):
     return denoise
 
 
-def fake_member(job, name):
-    sharp, factor = job.overconfident or ("", 1)
-    denoise = fake_denoiser(name)
-    scaled = (lambda *inputs: factor * denoise(*inputs)) if name == sharp else denoise
-    return tie.Member(scaled, train_toy.MASK, train_toy.EOS, name)
+def fake_member(job, name, place=0):
+    factor, denoise = dict(job.factors).get(name, 1), fake_denoiser(name)
+    scaled = evaluation.sampling(denoise, job.temperature, place) if job.temperature else denoise
+    return tie.Member(lambda *inputs: factor * scaled(*inputs), train_toy.MASK, train_toy.EOS, name)
 
 
 @pytest.fixture
@@ -89,11 +88,11 @@ def job(**fields):
 
 def oracle(**config):
     """Result of the algorithm itself, and each candidate's correctness (problems, M)."""
-    overconfident = config.pop("overconfident", None)
-    problems = job().problems
+    own = job(factors=config.pop("factors", ()), names=config.pop("names", ("A", "B")))
+    problems = own.problems
     canvas = evaluation.toy_canvas([p.prompt for p in problems])
-    members = [fake_member(job(overconfident=overconfident), name) for name in "AB"]
-    result = tie.ensemble(members, [canvas] * 2, tie.Config(**{"interval": 8, "block_size": 8, **config}))
+    members = [fake_member(own, name) for name in own.names]
+    result = tie.ensemble(members, [canvas] * len(members), tie.Config(**{"interval": 8, "block_size": 8, **config}))
     right = [[train_toy.decode(c.tokens[b, c.answer].tolist()) == p.answer for c in result.candidates]
              for b, p in enumerate(problems)]  # fmt: skip
     return result, np.array(right)
@@ -134,7 +133,7 @@ def test_estimates_resample_each_group_by_itself():
 
 
 def toy(records, best=0):
-    return evaluation.Toy(("A", "B"), best, ("B", 4.0), records)
+    return evaluation.Toy(("A", "B"), best, {"9": (("B", 4.0),)}, records)
 
 
 def test_table_1_separates_correct_from_incorrect_answers_of_each_member():
@@ -194,7 +193,7 @@ def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
     own = job(folder=str(tmp_path))
     inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
     plain = [member.denoise(*inputs) for member in evaluation.toy_setup(own).members]
-    sharp = [member.denoise(*inputs) for member in evaluation.toy_setup(replace(own, overconfident=("B", 3.0))).members]
+    sharp = [member.denoise(*inputs) for member in evaluation.toy_setup(replace(own, factors=(("B", 3.0),))).members]
     assert torch.equal(sharp[0], plain[0]) and torch.allclose(sharp[1], 3 * plain[1])
     assert not torch.allclose(plain[0], plain[1])
 
@@ -238,9 +237,9 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
         assert cell(found["6"], f"n = {n}, paper {2 * n}", "accuracy")["value"] == winners(interval=n)
     for column, normalize in (("without", False), ("with", True)):
         assert cell(found["8"], evaluation.TCC, column)["value"] == winners(normalize=normalize)
-    for suffix, sharp in (("", None), (" overconfident", ("A", 5.0))):
+    for suffix, sharp in (("", ()), (" overconfident", (("A", 5.0),))):
         for name, (column, cross) in [(n, c) for n in names for c in (("source-only", False), ("cross-model", True))]:
-            expected = winners(score=name[4:], cross_model=cross, overconfident=sharp)
+            expected = winners(score=name[4:], cross_model=cross, factors=sharp)
             assert cell(found["9"], name + suffix, column)["value"] == expected
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
         result, right = oracle(interval=38, **config)
@@ -274,7 +273,7 @@ def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
     whole = tables(capsys, "--table", "all", "--out", tmp_path)["tables"]
     assert {number: whole[number] for number in first} == first
     assert max(Counter(fakes).values()) == 1
-    configurations = {(own.config, own.names, own.overconfident, own.restart) for own in fakes}
+    configurations = {(own.config, own.names, own.factors, own.restart) for own in fakes}
     assert len(configurations) == 22 + 4 == len(list(tmp_path.glob("*.jsonl")))
     before = len(fakes)
     assert tables(capsys, "--table", "all", "--out", tmp_path)["tables"] == whole
@@ -291,8 +290,8 @@ def test_the_main_table_takes_an_overconfident_member(fakes, capsys):
     found = tables(capsys, "--overconfident", "A=5")
     row = {(r["method"], r["score"]): r["accuracy"] for r in found["rows"]}
     for score in tie.SCORES:
-        assert row["tie", score] == winners(score=score, overconfident=("A", 5.0))
-    assert all(own.overconfident == ("A", 5.0) for own in fakes) and found["settings"]["overconfident"] == ["A", 5.0]
+        assert row["tie", score] == winners(score=score, factors=(("A", 5.0),))
+    assert all(own.factors == (("A", 5.0),) for own in fakes) and found["settings"]["overconfident"] == {"A": 5.0}
 
 
 def test_seeds_have_a_folder_each(fakes, capsys, tmp_path):
@@ -326,7 +325,7 @@ def test_figures_are_drawn(fakes, capsys, tmp_path):
 
 
 def test_figure_1_shows_the_scores_after_every_step(fakes):
-    own = evaluation.toy_runs(job(), ("B", 4.0))["member A probability_margin"]
+    own = evaluation.toy_runs(job(), (("B", 4.0),))["member A probability_margin"]
     records = evaluation.decode_job(own)
     member, canvas = fake_member(own, "A"), evaluation.toy_canvas([p.prompt for p in own.problems])
     for step in range(37):
@@ -394,4 +393,4 @@ def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
         (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
     found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
     assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
-    assert "member B, logits times 4" in found["tables"]["9"]["title"]
+    assert "logits of B times 4" in found["tables"]["9"]["title"]

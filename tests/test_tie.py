@@ -19,6 +19,7 @@ import tie
 from tie import Canvas, Config, Member
 
 SCORES = ["token_change_count", "top1_probability", "negative_entropy", "probability_margin"]
+ALL_SCORES = [*SCORES, "top1_history"]
 FIXED_QUOTA = [{"top_k": 1}, {"top_k": 2}, {"top_k": 3}]
 QUOTAS = [*FIXED_QUOTA, {"threshold": 0.4}, {"threshold": 0.9}]
 ONE_TO_FOUR = st.sampled_from([1, 2, 2, 2, 3, 4])
@@ -61,7 +62,7 @@ def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS, begun=True, **fixed):
             c.tokens[c.masked] = 4  # what stands under a mask is of no account
     choices = {
         "interval": st.sampled_from([1, 2, 3, 3, 4, 5, 6, 99]), "block_size": st.integers(1, 6),
-        "score": st.sampled_from(SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
+        "score": st.sampled_from(ALL_SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
         "selection": st.sampled_from(["lowest_tcc", "lowest_tcc", "best_model", "most_selected"]),
         "best_model": st.integers(0, M - 1), "answer_window": st.none() | st.integers(1, 4),
     }  # fmt: skip
@@ -267,13 +268,13 @@ def test_histories_start_again_after_a_relay(problem):
     assert (result.scores == -math.inf).all() and (result.tcc == 0).all()
 
 
-@pytest.mark.parametrize("score, cross_model", list(product(SCORES, (True, False))))
+@pytest.mark.parametrize("score, cross_model", list(product(ALL_SCORES, (True, False))))
 def test_empty_answer_relevant_sets_never_win(score, cross_model):
     canvases, config = small([1, 2], score=score, cross_model=cross_model, interval=3)[1:]
     silent = Member(Constant([0.0, 9.0] + [0.0] * 8), 0, 1)  # EOS everywhere, and sure of it
     moods = torch.eye(10)[2:4]  # the talker changes its mind at every step
     talking = Member(lambda x, positions, _: moods[(x == 0).sum(1) % 2][:, None].expand(*positions.shape, -1), 0, 1)
-    deaf = score == "token_change_count" or not cross_model  # otherwise the talker reads both trajectories
+    deaf = score not in SCORES[1:] or not cross_model  # otherwise the talker reads both trajectories
     for members, talker in (([silent, talking], 1), ([talking, silent], 0)):
         result = tie.ensemble(members, canvases, config)
         assert result.winner.tolist() == [talker] * 2 and (result.tcc[talker] > 0).all()
@@ -330,7 +331,7 @@ def test_a_long_interval_equals_post_generation(problem):
         assert torch.equal(candidate.tokens, tie.decode(member, canvas, problem.config).tokens)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ALL_SCORES)
 @pytest.mark.parametrize("logits", [[50, 1, 2, 0], [0, 5, 1, 1], [0, 0, 0, 0], [0, -1e9, -1e9, -1e9]])
 def test_models_that_adore_the_mask_id_or_eos_or_nothing_end_too(logits, score):
     canvas = Canvas.blank([[1, 2], [3]], [2], 5, 4, mask_id=0, pad_id=3)
@@ -365,7 +366,7 @@ def test_forwards_are_counted_as_the_denoisers_saw_them_and_cost_what_the_paper_
         blocks = [min(config.block_size, size - at) for size in sizes for at in range(0, size, config.block_size)]
         T, rounds = sum(-(-masks // config.top_k) for masks in blocks), len(seen.result.leaders)
         assert rounds == (T - 1) // config.interval and seen.rounds[-1]["step"] == T
-        extra = 0 if config.score == "token_change_count" else M - 1 if config.cross_model else 1
+        extra = 0 if config.score not in SCORES[1:] else M - 1 if config.cross_model else 1
         assert seen.result.forwards == M * T + rounds * M * extra
 
 
@@ -404,7 +405,7 @@ class HostWaits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("score, cross_model", list(product(SCORES, (True, False))))
+@pytest.mark.parametrize("score, cross_model", list(product(ALL_SCORES, (True, False))))
 def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cross_model):
     members, canvases, config = small([1, 2, 3], score=score, cross_model=cross_model, interval=4, block_size=3)
     events = []
@@ -416,7 +417,7 @@ def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cro
     rounds = " ".join(events).split("round")[:-1]
     for number, names in enumerate(map(str.split, rounds)):
         steps = min(4, 14 - 4 * number)  # 14 tokens, four a round
-        served = number > 0 and cross_model and score != "token_change_count"  # the first step, by the assessment
+        served = number > 0 and cross_model and score in SCORES[1:]  # the first step, by the assessment
         calls = [i for i, name in enumerate(names) if name == "call"]
         assert set(names[calls[0] : calls[3 * (steps - served) - 1]]) == {"call"}
 

@@ -213,7 +213,7 @@ def _die(*_):
 def test_a_dead_training_process_is_named_and_leaves_nothing_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "_work", _die)
     with pytest.raises(RuntimeError, match="training of member A ended with exit code -9"):
-        toy.train_members(toy.Settings(**TINY), tmp_path, members=1, device="cpu")
+        toy.train_members(toy.plan_members(toy.Settings(**TINY), 1), tmp_path, device="cpu")
     assert toy.read_record(tmp_path / "A", toy.Settings(**TINY), "A") is None
 
 
@@ -226,7 +226,7 @@ def test_retraining_takes_the_old_record_away_first(tmp_path, monkeypatch):
     assert toy.read_record(tmp_path / "A", toy.Settings(**TINY), "A") == record
     monkeypatch.setattr(toy, "_work", _die)
     with pytest.raises(RuntimeError):
-        toy.train_members(toy.Settings(**TINY, seed=1), tmp_path, members=1, device="cpu")
+        toy.train_members(toy.plan_members(toy.Settings(**TINY, seed=1), 1), tmp_path, device="cpu")
     assert toy.read_record(tmp_path / "A", toy.Settings(**TINY), "A") is None
 
 
