@@ -258,6 +258,77 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
     assert len(values) > 2  # the fakes tell methods apart
 
 
+def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "calibrated", lambda job, name: (name, {"B": 0.5, "A-weak": 3.0}[name]))
+    found = tables(capsys, "--table", "own")["tables"]
+    assert list(found) == ["members", "cost", "history", "unequal"]
+    history, logit = evaluation.HISTORY, evaluation.LOGIT
+    for m in range(1, 5):
+        names = ("A", "B", "C", "D")[:m]
+        result, right = oracle(names=names, interval=38)
+        for column, value in (("best member", right.mean(0).max()), ("oracle", right.any(1).mean()),
+                              ("post-generation", winners(names=names, interval=38)), ("TIE", winners(names=names))):
+            assert cell(found["members"], f"M = {m}", column)["value"] == value
+        for column, share in (("best member", 1 / m), ("oracle", 1), ("TIE", 1)):
+            assert cell(found["members"], f"M = {m}", column)["forwards"] == pytest.approx(result.forwards * share)
+    assert cell(found["cost"], "best member, greedy", "accuracy")["value"] == winners(names=("B",), interval=38)
+    longer = cell(found["cost"], "best member, trained twice as long", "accuracy")
+    assert longer["value"] == winners(names=("B-long",)) and longer["forwards"] == 38
+    votes = [cell(found["cost"], f"best member, vote of {m} samples", "accuracy") for m in (2, 3, 4)]
+    assert [entry["forwards"] for entry in votes] == pytest.approx([38 * m for m in (2, 3, 4)])
+    for n in (4, 8, 16):
+        assert cell(found["history"], history, f"n = {n}")["value"] == winners(score="top1_history", interval=n)
+        assert cell(found["history"], evaluation.TCC, f"n = {n}")["value"] == winners(interval=n)
+    for name in logit:
+        assert cell(found["history"], name, "n = 4")["value"] == winners(score=name[4:], interval=4)
+    pair, factors = ("B", "A-weak"), (("B", 0.5), ("A-weak", 3.0))
+    for place, row in enumerate(("the better member", "the weaker one")):
+        assert cell(found["unequal"], row, "as trained")["value"] == winners(names=pair[place : place + 1])
+    for name in (*logit, history):
+        assert cell(found["unequal"], name, "as trained")["value"] == winners(names=pair, score=name[4:])
+        expected = winners(names=pair, score=name[4:], factors=factors)
+        assert cell(found["unequal"], name, "calibrated")["value"] == expected
+    assert "logits of B times 0.5; logits of A-weak times 3" in found["unequal"]["title"]
+
+
+def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them():
+    settings = train_toy.Settings()
+    assert evaluation.own_plan(["1", "history"], settings, "B", "A") == {}
+    plan = evaluation.own_plan(["members", "cost", "unequal"], settings, "B", "A")
+    assert plan == {
+        **{name: (settings, name) for name in "ABCD"},
+        "B-long": (replace(settings, steps=2 * settings.steps), "B"),
+        "A-weak": (replace(settings, weight=settings.weight / 8), "A"),
+    }
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 2)), min_size=1, max_size=5), st.data())
+def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_count(samples, data):
+    count = data.draw(st.integers(1, len(samples)))
+    record = {"answers": [a for a, _ in samples], "tcc": [t for _, t in samples], "correct": [a == "x" for a, _ in samples]}
+    tally = Counter(a for a, _ in samples[:count])
+    ranked = sorted((-tally[a], t, m) for m, (a, t) in enumerate(samples[:count]))
+    assert evaluation.vote(record, count) == (samples[ranked[0][2]][0] == "x")
+
+
+def test_samples_follow_the_softmax_at_their_temperature():
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    noisy = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=0)
+    drawn = noisy(None, torch.zeros(1, 40_000, dtype=torch.long), None).argmax(-1)
+    shares = torch.bincount(drawn[0], minlength=4) / 40_000
+    assert torch.allclose(shares, (logits / 0.7).softmax(-1), atol=0.01)
+    again = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=0)
+    other = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=1)
+    drawn = [sampler(None, torch.zeros(1, 50, dtype=torch.long), None) for sampler in (noisy, again, other)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])  # noisy has drawn before
+
+
+def test_calibration_undoes_a_factor_on_the_logits(fakes):
+    plain = evaluation.calibrated(job(), "A")
+    sharp = evaluation.calibrated(job(factors=(("A", 4.0),)), "A")
+    assert plain[0] == "A" and sharp[1] * 4 == pytest.approx(plain[1], rel=0.06)  # the grid's step
+
+
 def test_most_selected_is_that_of_the_algorithm(fakes):
     result, right = oracle(interval=6)  # six relays, so that members can lead equally often
     expected, _ = oracle(interval=6, selection="most_selected")
