@@ -599,8 +599,8 @@ def paper_table(number: str, toy: Toy) -> dict:
     paper = [{"row": f"paper, {row}", "column": column, "value": figure}
              for row, figures in rows.items() for column, figure in zip(columns, figures)]  # fmt: skip
     judged = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
-    scaled = "".join(f"; logits of {name} times {factor:.3g}" for name, factor in toy.factors.get(number, ()))
-    return {"title": (TITLES | OWN_TITLES)[number] + scaled, "cells": cells, "paper": paper, "claims": judged}
+    factors = dict(toy.factors.get(number, ()))
+    return {"title": (TITLES | OWN_TITLES)[number], "factors": factors, "cells": cells, "paper": paper, "claims": judged}
 
 
 def over_seeds(tables: list[dict]) -> dict:
@@ -620,7 +620,8 @@ def over_seeds(tables: list[dict]) -> dict:
         counted = ", ".join(f"{word} with {each.count(word)} of {len(each)} seeds" for word in dict.fromkeys(each))
         differences = [{"name": c[0]["name"], **spread("difference", c)} for c in zip(*(x["comparisons"] for x in own))]
         claims.append({"claim": own[0]["claim"], "verdict": counted, "comparisons": differences})
-    return {**tables[0], "cells": cells, "claims": claims}
+    factors = {name: [table["factors"].get(name) for table in tables] for table in tables for name in table["factors"]}
+    return {**tables[0], "factors": factors, "cells": cells, "claims": claims}
 
 
 def figure_text(entry: dict, value: float | None, unit: str, signed: bool = False) -> str:
@@ -634,7 +635,10 @@ def figure_text(entry: dict, value: float | None, unit: str, signed: bool = Fals
 
 def show_paper_table(number: str, table: dict, problems: int) -> None:
     """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
-    print(f"\nTable {number}: {table['title']}" if number in TITLES else f"\nBeyond the paper: {table['title']}")
+    print(f"\n{f'Table {number}' if number in TITLES else 'Beyond the paper'}: {table['title']}")
+    for name, factors in table["factors"].items():
+        each = factors if isinstance(factors, list) else [factors]
+        print(f"(logits of {name} times {', '.join('-' if factor is None else f'{factor:.3g}' for factor in each)})")
     unit = "%" if "%" in table["title"] else ""
     grid: dict[str, dict[str, str]] = {}
     for cell in table["cells"]:

@@ -170,14 +170,14 @@ def test_over_seeds_gives_mean_spread_and_counts():
     def table(value, verdict):
         comparison = {"name": "x", "difference": value, "ci95": [0, 1]}
         own = {"row": "r", "column": "c", "value": value, "forwards": 2 * (value or 0)}
-        return {"title": "t", "paper": [], "cells": [own],
+        return {"title": "t", "factors": {"A": value}, "paper": [], "cells": [own],
                 "claims": [{"claim": "k", "verdict": verdict, "comparisons": [comparison]}]}  # fmt: skip
 
     of_seeds = [(1.0, "holds"), (2.0, "undecided"), (None, "holds"), (6.0, "holds")]
     joined = evaluation.over_seeds([table(*own) for own in of_seeds])
     [own] = joined["cells"]
     assert own["value"] == 3.0 and own["sd"] == pytest.approx(np.std([1, 2, 6], ddof=1))
-    assert own["values"] == [1.0, 2.0, None, 6.0]
+    assert own["values"] == [1.0, 2.0, None, 6.0] == joined["factors"]["A"]
     [claim] = joined["claims"]
     assert claim["verdict"] == "holds with 3 of 4 seeds, undecided with 1 of 4 seeds"
     assert claim["comparisons"][0]["difference"] == 3.0 and own["forwards"] == 4.5
@@ -288,7 +288,7 @@ def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys, monk
         assert cell(found["unequal"], name, "as trained")["value"] == winners(names=pair, score=name[4:])
         expected = winners(names=pair, score=name[4:], factors=factors)
         assert cell(found["unequal"], name, "calibrated")["value"] == expected
-    assert "logits of B times 0.5; logits of A-weak times 3" in found["unequal"]["title"]
+    assert found["unequal"]["factors"] == dict(factors)
 
 
 def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them():
@@ -464,4 +464,4 @@ def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
         (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
     found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
     assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
-    assert "logits of B times 4" in found["tables"]["9"]["title"]
+    assert found["tables"]["9"]["factors"] == {"B": 4}
