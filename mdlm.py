@@ -85,18 +85,26 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_size: int, theta: float) -> Tensor:
-    """Angles (B, 1, L, E) of rotary positions (B, L), in float32; the two halves of E turn together."""
-    frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, device=positions.device).float() / head_size)  # (E/2,)
-    angles = positions[:, None, :, None].float() * frequency  # (B, 1, L, E/2)
-    return torch.cat([angles, angles], dim=-1)
+def rotary(positions: Tensor, heads: int, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, L, H * E) of rotary positions (B, L), taken in float32, for heads of `size` E.
+
+    Component i of a head turns with component i + E/2, by the same angle; the sign of the one is in sin.
+    """
+    frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)  # (E/2,)
+    angles = positions[:, :, None].float() * frequency  # (B, L, E/2)
+    cos, sin = angles.cos(), angles.sin()
+    tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, L, E)
+    return tables[0].repeat(1, 1, heads).to(dtype), tables[1].repeat(1, 1, heads).to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, H, L, E) by its positions, in the dtype of cos and sin (B, 1, L, E); back in the dtype of x."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
+    """Turn heads of `size` E, x (B, L, H * E), by their positions, in the dtype of cos and sin; back in that of x.
+
+    Heads stay side by side, since a CPU takes twice as long for one at a time.
+    """
     y = x.to(cos.dtype)
-    first, second = y.chunk(2, dim=-1)
-    return torch.addcmul(y * cos, torch.cat([-second, first], dim=-1), sin).to(x.dtype)
+    first, second = y.unflatten(-1, (-1, size)).chunk(2, dim=-1)  # (B, L, H, E/2)
+    return torch.addcmul(y * cos, torch.cat([second, first], dim=-1).flatten(2), sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -105,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         size = c.width // c.heads  # E
-        self.heads, self.kv_heads = c.heads, c.kv_heads
+        self.heads, self.kv_heads, self.size = c.heads, c.kv_heads, size
         self.attn_norm = RMSNorm(c.width, c.norm_eps)
         self.q = nn.Linear(c.width, c.heads * size, bias=c.qkv_bias)
         self.k = nn.Linear(c.width, c.kv_heads * size, bias=c.qkv_bias)
@@ -119,14 +127,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, chosen: Tensor | None) -> Tensor:
         """x (B, L, D) -> (B, L, D), or (B, K, D) at the positions `chosen` (B, K) alone, which still see all others."""
         y = self.attn_norm(x)
-        k = rotate(rearrange(self.k(y), "b l (g e) -> b g l e", g=self.kv_heads), cos, sin)
-        v = rearrange(self.v(y), "b l (g e) -> b g l e", g=self.kv_heads)
+        width = self.kv_heads * self.size
+        k = rotate(self.k(y), cos[..., :width], sin[..., :width], self.size)  # (B, L, G * E)
+        k, v = (rearrange(z, "b l (g e) -> b g l e", g=self.kv_heads) for z in (k, self.v(y)))
         if self.kv_heads < self.heads:
             k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
-            x, y = (z.take_along_dim(chosen[:, :, None], 1) for z in (x, y))  # (B, K, D)
-            cos, sin = (z.take_along_dim(chosen[:, None, :, None], 2) for z in (cos, sin))  # (B, 1, K, E)
-        q = rotate(rearrange(self.q(y), "b k (h e) -> b h k e", h=self.heads), cos, sin)
+            x, y, cos, sin = (z.take_along_dim(chosen[:, :, None], 1) for z in (x, y, cos, sin))  # (B, K, D)
+        q = rearrange(rotate(self.q(y), cos, sin, self.size), "b k (h e) -> b h k e", h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (B, H, K, E), scale 1 / sqrt(E)
         x = x + self.o(rearrange(y, "b h k e -> b k (h e)"))
         y = self.mlp_norm(x)
@@ -157,9 +165,8 @@ class MDLM(nn.Module):
         # A row is numbered as it would be alone. LLaDA's own code counts left padding too, which turns all of a row
         # alike: rotary attention reads differences only.
         numbers = torch.ones_like(tokens[:1]) if attention_mask is None else attention_mask.long()
-        angles = rotary_angles(numbers.cumsum(1) - 1, c.width // c.heads, c.rope_theta)  # (B or 1, 1, L, E)
         dtype = torch.float32 if c.rope_float32 else x.dtype
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)  # (B or 1, 1, L, E)
+        cos, sin = rotary(numbers.cumsum(1) - 1, c.heads, c.width // c.heads, c.rope_theta, dtype)  # (B or 1, L, D)
         # Dream's own code also hides real keys from padded queries; no real position can see the difference.
         visible = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, L)
         chosen = self._outputs_of(tokens, positions, attention_mask) if c.shift else positions

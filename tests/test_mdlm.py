@@ -88,10 +88,8 @@ def test_padded_rows_equal_rows_alone_and_padding_is_never_visible(config, seed,
 
 def test_padded_rows_are_numbered_as_rows_alone(monkeypatch):
     """Attention reads differences of positions only, so that this shows in rounding alone: read the numbers themselves."""
-    seen, angles = [], mdlm.rotary_angles
-    monkeypatch.setattr(
-        mdlm, "rotary_angles", lambda positions, *rest: seen.append(positions) or angles(positions, *rest)
-    )
+    seen, rotary = [], mdlm.rotary
+    monkeypatch.setattr(mdlm, "rotary", lambda positions, *rest: seen.append(positions) or rotary(positions, *rest))
     real = torch.arange(5) >= torch.tensor([[0], [3]])
     model = build(TOY)
     model(draw(0, 2, 5), None, real)
@@ -126,16 +124,16 @@ def test_grouped_queries_equal_full_heads_with_repeated_weights(seed, groups):
 
 @given(seed=st.integers(0, 99), start=st.integers(0, 40), gap=st.integers(0, 40), by=st.integers(1, 500))
 def test_rotary_positions_are_relative(seed, start, gap, by):
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(seed))
+    q, k = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(seed))  # two heads
 
     def product(shift):
-        angles = [mdlm.rotary_angles(torch.tensor([[p + shift]]), 8, 1e4) for p in (start, start + gap)]
-        turned = [mdlm.rotate(z, a.cos(), a.sin()) for z, a in zip((q, k), angles)]
-        return (turned[0] * turned[1]).sum()
+        places = [torch.tensor([[p + shift]]) for p in (start, start + gap)]
+        turned = [mdlm.rotate(z, *mdlm.rotary(p, 2, 8, 1e4, z.dtype), 8) for z, p in zip((q, k), places)]
+        return (turned[0] * turned[1]).unflatten(-1, (2, 8)).sum(-1)
 
     torch.testing.assert_close(product(0), product(by), atol=1e-3, rtol=1e-3)
     if gap == 0:
-        torch.testing.assert_close(product(0), (q * k).sum(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(product(0), (q * k).unflatten(-1, (2, 8)).sum(-1), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -175,7 +173,7 @@ def test_bfloat16_is_near_float32(config):
 def test_each_family_rotates_in_its_own_precision(family, dtype, monkeypatch):
     model, _ = mdlm.load(GOLDEN / f"{family}-tiny", dtype=torch.bfloat16)
     seen, rotate = [], mdlm.rotate
-    monkeypatch.setattr(mdlm, "rotate", lambda x, cos, sin: seen.append((cos.dtype, sin.dtype)) or rotate(x, cos, sin))
+    monkeypatch.setattr(mdlm, "rotate", lambda x, cos, sin, size: seen.append((cos.dtype, sin.dtype)) or rotate(x, cos, sin, size))
     assert model(draw(0, 1, 5)).dtype == torch.bfloat16
     assert set(seen) == {(dtype, dtype)}
 
