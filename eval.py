@@ -65,6 +65,11 @@ class Question:
     gold: Any  # letter, number or LaTeX as text; {"numbers", "target"}; for code what its tests need
 
 
+DTYPES: dict[str | None, torch.dtype | None] = {
+    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Setup:
     """What it takes to decode and grade questions with M members."""
@@ -205,6 +210,7 @@ class ToyJob:
     config: tie.Config
     problems: tuple[train_toy.Problem, ...]
     factors: tuple[tuple[str, float], ...] = ()  # members and the factors on their logits
+    dtype: str | None = None  # of the weights; None: as stored
     temperature: float = 0.0  # sample at this temperature instead of decoding greedily
     restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
 
@@ -225,7 +231,7 @@ def toy_setup(job: ToyJob) -> Setup:
 
 def toy_member(job: ToyJob, name: str, place: int = 0) -> tie.Member:
     """The member of this name; copies at other places among the members differ where they sample."""
-    model, config = mdlm.load(Path(job.folder) / name)
+    model, config = mdlm.load(Path(job.folder) / name, dtype=DTYPES.get(job.dtype))
     factor = dict(job.factors).get(name, 1.0)
     scaled = model if factor == 1 else (lambda *inputs: factor * model(*inputs))
     seed = zlib.crc32(f"{place} {job.problems[0].prompt}".encode()) if job.temperature else 0
@@ -873,7 +879,7 @@ def show_round(state: dict, names: Sequence[str]) -> None:
 # --- real checkpoints on the paper's benchmarks -----------------------------------------------------
 
 
-def real_members(folders: dict[str, Path], devices: list[str]) -> list[tie.Member]:
+def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[tie.Member]:
     """LLaDA and Dream from local folders; all tokenizers are read and checked before the first weight is."""
     codecs: list[mdlm.TextCodec] = []
     for folder in folders.values():
@@ -881,7 +887,7 @@ def real_members(folders: dict[str, Path], devices: list[str]) -> list[tie.Membe
         ids = (codec.vocabulary, codec.mask_id, codec.eos_id)
         alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == ids]
         codecs.append([*alike, codec][0])  # equal vocabularies share a codec, and relay ids as they are
-    return [tie.Member(mdlm.load(folder, device)[0], codec.mask_id, codec.eos_id, name, codec)
+    return [tie.Member(mdlm.load(folder, device, DTYPES.get(dtype))[0], codec.mask_id, codec.eos_id, name, codec)
             for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
 
 
@@ -939,9 +945,9 @@ def run_real(args: argparse.Namespace) -> None:
         raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
     effective = {"task": args.task, "members": {name: str(path) for name, path in args.members.items()},
                  "data": str(args.data), "questions": len(questions), "single": args.single,
-                 "batch_size": args.batch_size, "config": asdict(config)}  # fmt: skip
+                 "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}  # fmt: skip
     open_results(args.out, effective)
-    members = real_members(args.members, devices(args, local))
+    members = real_members(args.members, devices(args, local), args.dtype)
     label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
     runs = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
     records = {}
@@ -1460,8 +1466,8 @@ def run_toy(args: argparse.Namespace) -> None:
     runs = list(per_seed(args))
     trainings = [train_toy.Settings(seed=own.seed, steps=args.steps) for own in runs]
     effective = [{"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
-                  "batch_size": args.batch_size, "config": asdict(config), "overconfident": dict(args.overconfident),
-                  "training": asdict(training)} for training in trainings]  # fmt: skip
+                  "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config),
+                  "overconfident": dict(args.overconfident), "training": asdict(training)} for training in trainings]  # fmt: skip
     if args.figure:
         prepare_figures(args.figure)
     for own, settings in zip(runs, effective):
@@ -1470,7 +1476,7 @@ def run_toy(args: argparse.Namespace) -> None:
     tables = []
     for own, training in zip(runs, trainings):
         trained = train_toy.train_members(train_toy.plan_members(training, len(names)), toy_folder(own))
-        job = ToyJob(str(toy_folder(own)), names, config, problems)
+        job = ToyJob(str(toy_folder(own)), names, config, problems, dtype=args.dtype)
         if args.trace:
             show_trace(replace(job, factors=args.overconfident))
         elif args.table or args.figure:
@@ -1566,6 +1572,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--score", default="token_change_count", choices=tie.SCORES + tie.OWN_SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
+    add("--dtype", choices=list(DTYPES)[1:],
+        help="of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)")  # fmt: skip
     add("--out", type=Path, help="folder for records and summary; an interrupted run goes on where it stopped")
     add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     toy = parser.add_argument_group("toy").add_argument

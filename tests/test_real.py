@@ -105,7 +105,9 @@ def test_members_alone_and_post_generation(folders, data, capsys):
 
 
 def test_models_of_one_vocabulary_share_a_codec(folders):
-    twins = evaluation.real_members({"a": folders["dream"], "b": folders["dream"], "c": folders["llada"]}, ["cpu"] * 3)
+    members = {"a": folders["dream"], "b": folders["dream"], "c": folders["llada"]}
+    twins = evaluation.real_members(members, ["cpu"] * 3, "bfloat16")
+    assert all(member.denoise.embed.weight.dtype == torch.bfloat16 for member in twins)
     assert twins[0].codec is twins[1].codec is not twins[2].codec
 
 

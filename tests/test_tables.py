@@ -198,6 +198,14 @@ def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
     assert not torch.allclose(plain[0], plain[1])
 
 
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_members_are_of_the_dtype_asked_for(tmp_path, dtype):
+    evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / "A")
+    own = job(folder=str(tmp_path), names=("A",), dtype=dtype)
+    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
+    assert evaluation.toy_setup(own).members[0].denoise(*inputs).dtype == getattr(torch, dtype or "float32")
+
+
 @pytest.mark.parametrize("steps", [13, 19])
 def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps):
     own = job(names=("A",), restart=("B", steps))
