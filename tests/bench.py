@@ -180,7 +180,9 @@ def over(times: list[float], base: list[float], M: int = 1) -> list[float]:
 def own_work(bench: Bench) -> None:
     """a. Two members."""
     for shape in bench.shapes:
-        usual = [1, 8] if bench.device != "cpu" else [1, 16, 64] if shape == "toy" else [1, 16]  # wide at 64: minutes a run
+        usual = [1, 8] if bench.device != "cpu" else [1, 16, 64]
+        if bench.device == "cpu" and shape != "toy":
+            usual = [1, 16]  # at 64, minutes a run
         for batch in bench.batches or usual:
             case = bench.case(shape, batch, short=True)
             calls, _ = forwards(*case)
