@@ -198,12 +198,11 @@ def read(member: Member, canvas: Canvas, ends: Tensor, config: Config, scored: b
     window = (~masked).int().argsort(dim=1, stable=True)[:, : config.answer_window]  # (B, w), masked positions first
     positions = torch.cat([block, canvas.answer.start + window], 1)  # (B, K), K = W + w
     state = canvas.tokens.masked_fill(canvas.masked, member.mask_id)  # (B, L)
-    logits = member.denoise(state, positions, canvas.attention_mask).clone()  # (B, K, V); the denoiser keeps its own
+    logits = member.denoise(state, positions, canvas.attention_mask)  # (B, K, V)
     _check_logits(member, logits, positions)
-    logits[..., member.mask_id] = float("-inf")  # never predicted, so that decoding always ends (our decision)
-    probability, token = logits.softmax(-1, dtype=torch.float32).max(-1)  # (B, K)
-
     W = block.shape[1]
+    value_of = LOGIT_SCORES[config.score] if scored else None
+    probability, token, value = predict(logits, member.mask_id, W, value_of)  # (B, K), (B, K), (B, w)
     counted = masked.gather(1, window)  # (B, w)
     answer_top1 = torch.where(counted, token[:, W:], tokens.gather(1, window))  # (B, w)
     for eos in member.eos_ids:
@@ -213,8 +212,28 @@ def read(member: Member, canvas: Canvas, ends: Tensor, config: Config, scored: b
         positions=block, open=open_, token=token[:, :W], probability=probability[:, :W],
         answer_top1=tokens.scatter(1, window, answer_top1),
         counted=torch.zeros_like(masked).scatter(1, window, counted),
-        top1=top1, score=confidence(logits[:, W:], counted)[config.score] if scored else top1,
+        top1=top1, score=mean_over(value, counted),
     )  # fmt: skip
+
+
+def predict(
+    logits: Tensor, mask_id: int, W: int, value_of: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-1 probability and token (B, K) of logits (B, K, V), and of the answer positions, those from W on, what
+    `value_of` makes of their probabilities (B, w), by default the top-1 probability again.
+
+    The mask token is never predicted, so that decoding always ends (our decision). All is done for a few rows at a
+    time: over a large vocabulary fresh memory for a copy of all logits takes longer than the work on them.
+    """
+    parts = []
+    for part in logits.split(max(1, 2**22 // logits[0].numel())):
+        part = part.clone()  # (b, K, V); the denoiser keeps its own
+        part[..., mask_id] = float("-inf")
+        p = part.softmax(-1, dtype=torch.float32)  # (b, K, V)
+        probability, token = p.max(-1)  # (b, K)
+        parts.append((probability, token, value_of(p[:, W:]) if value_of else probability[:, W:]))
+    probability, token, value = map(torch.cat, zip(*parts))
+    return probability, token, value
 
 
 def commit(canvas: Canvas, reading: Reading, config: Config) -> Canvas:
@@ -269,10 +288,19 @@ def confidence(logits: Tensor, counted: Tensor) -> dict[str, Tensor]:
     logits (B, A, V) at the answer positions; counted (B, A) bool, A^(t). Higher is more reliable.
     """
     p = logits.softmax(-1, dtype=torch.float32)  # (B, A, V)
-    first, second = p.topk(2, dim=-1).values.unbind(-1)  # (B, A)
-    negative_entropy = -torch.special.entr(p).sum(-1)  # (B, A)
-    values = {"top1_probability": first, "negative_entropy": negative_entropy, "probability_margin": first - second}
-    return {name: mean_over(value, counted) for name, value in values.items()}
+    return {name: mean_over(value_of(p), counted) for name, value_of in LOGIT_SCORES.items()}
+
+
+def margin(p: Tensor) -> Tensor:
+    first, second = p.topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+LOGIT_SCORES: dict[str, Callable[[Tensor], Tensor]] = {  # of probabilities (..., V), for each position
+    "top1_probability": lambda p: p.amax(-1),
+    "negative_entropy": lambda p: -torch.special.entr(p).sum(-1),
+    "probability_margin": margin,
+}
 
 
 def lead(scores: Tensor, top1: Tensor) -> Tensor:
@@ -520,6 +548,8 @@ def translate(
     masks, by EOS where it is complete. Returns the canvas, and fits (B,) bool: the other rows, whose text does not fit
     or which `rows` (B,) leaves out, keep the receiver's state.
     """
+    if rows is not None and not rows.any():
+        return canvas, torch.zeros_like(rows, device=canvas.tokens.device)
     new, open_ = canvas.tokens.tolist(), canvas.masked.tolist()
     wanted = torch.ones(len(new), dtype=torch.bool) if rows is None else rows
     fits = []
@@ -541,9 +571,9 @@ def retell(ids: list[int | None], sender: Member, receiver: Member, length: int)
     """One region of one row in the receiver's ids, None where masked; None altogether if its text does not fit."""
     if sender.codec is None or receiver.codec is None:
         raise ValueError(f"{sender} and {receiver} need codecs to tell one's text to the other")
-    eos = receiver.eos_ids[0]
+    eos, ends = receiver.eos_ids[0], sender.eos_ids
     told: list[int | None] = []
-    for kind, run in groupby(ids, key=lambda i: "mask" if i is None else "eos" if i in sender.eos_ids else "text"):
+    for kind, run in groupby(ids, key=lambda i: "mask" if i is None else "eos" if i in ends else "text"):
         if kind == "text":
             for text in texts([i for i in run if i is not None], sender.codec):
                 told += [None] if text is None else receiver.codec.encode(text)
