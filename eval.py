@@ -102,6 +102,10 @@ def finite(values: torch.Tensor) -> list[float | None]:
     return [x if math.isfinite(x) else None for x in values.tolist()]
 
 
+FIELDS = {"id": str, "gold": object, "answers": list, "correct": list, "texts": list, "winner": int, "leaders": list,
+          "tcc": list, "forwards": float, "scores": list, "top1": list}  # fmt: skip
+
+
 class Records:
     """JSON lines, one a question, flushed as they come; what an interrupted run left is kept, less half a line.
 
@@ -123,8 +127,10 @@ class Records:
             for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
                 try:
                     record = json.loads(line)
+                    for key, kind in FIELDS.items():
+                        _is(kind, record[key])
                     records[record["id"]] = record
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(f"{path}, line {number}, is no record: move the file away to start anew") from None
         return records
 
@@ -132,7 +138,7 @@ class Records:
         new = [record for record in records if record["id"] not in self.done]
         self.done |= {record["id"]: record for record in new}
         if self.path and new:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in new))
 
 
@@ -144,13 +150,20 @@ def open_results(folder: Path | None, settings: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            earlier = json.loads(path.read_text())["settings"]
+            earlier = earlier_settings(path)
             differing = [k for k in settings if earlier.get(k) != json.loads(json.dumps(settings[k]))]
             if differing:
                 raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
         write_json(path, {"settings": settings, **environment()})
-    except (OSError, KeyError, TypeError) as error:
+    except OSError as error:
         raise ValueError(f"cannot use --out {folder}: {error}; give a folder that can be written") from None
+
+
+def earlier_settings(path: Path) -> dict:
+    try:
+        return dict(**json.loads(path.read_bytes())["settings"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} is damaged: move it and the records beside it away to start anew") from None
 
 
 def environment() -> dict:
@@ -163,9 +176,19 @@ def environment() -> dict:
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+    part = path.with_suffix(f".{os.getpid()}.part")  # each of several processes writes its own
+    with writing(path):
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(part, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the file system alone would not say which file, nor what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; mend that, and the same command goes on") from None
 
 
 # --- figures of merit -------------------------------------------------------------------------------
@@ -280,9 +303,15 @@ def workers(jobs: int) -> Iterator[Callable]:
     if count < 2:
         yield map
         return
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=train_toy.end_with_parent) as pool:
+
+        def started(*jobs: Any) -> Iterator:
+            with train_toy.deaf_processes():
+                return pool.map(*jobs)
+
         try:
-            yield pool.map
+            yield started
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -898,8 +927,6 @@ def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
     def canvas(member: Any, questions: list[Question]) -> tie.Canvas:
         codec, model = member.codec, member.denoise
         prompts, suffix = [codec.encode_prompt(q.prompt) for q in questions], codec.encode(benchmark.suffix)
-        if (longest := max(map(len, prompts)) + benchmark.length) > model.config.max_length:
-            raise ValueError(f"{member}: prompt and generation take {longest} tokens, over {model.config.max_length}")
         reasoning_length = benchmark.length - len(suffix) - benchmark.answer_length
         ids = {"mask_id": codec.mask_id, "pad_id": codec.pad_id, "device": model.embed.weight.device}
         return tie.Canvas.blank(prompts, suffix, reasoning_length, benchmark.answer_length, **ids)
@@ -914,6 +941,15 @@ def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
         text=text,
         grade=lambda question, answer: grade(task, question, answer, run_code),
     )
+
+
+def check_lengths(members: list[Any], task: str, questions: list[Question]) -> None:
+    """ValueError, before anything is decoded, for a question that a member has no positions for."""
+    for member, question in itertools.product(members, questions):
+        length = len(member.codec.encode_prompt(question.prompt)) + BENCHMARKS[task].length
+        if length > (most := member.denoise.config.max_length):
+            raise ValueError(f"question {question.id} with its answer takes {length} tokens, over {most} of {member}: "
+                             "leave it out of --data")  # fmt: skip
 
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
@@ -948,6 +984,7 @@ def run_real(args: argparse.Namespace) -> None:
                  "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}  # fmt: skip
     open_results(args.out, effective)
     members = real_members(args.members, devices(args, local), args.dtype)
+    check_lengths(members, args.task, questions)
     label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
     runs = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
     records = {}
@@ -969,7 +1006,7 @@ def devices(args: argparse.Namespace, local: int) -> list[str]:
         raise ValueError(f"--device has {len(given)} values for {len(args.members)} members: give one, or one each")
     for device in given:
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()  # "meta" holds no value
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return given * len(args.members) if len(given) == 1 else given
@@ -1312,14 +1349,21 @@ def _parse(task: str, row: Any) -> tuple[dict, Any]:
         gold = str(Fraction(row["answer"].split("####")[1].strip().replace(",", "")))
         return {"question": row["question"], "form": "NUMBER', where NUMBER is the number alone"}, gold
     if task == "math500":
-        return {"question": row["problem"], "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, row["answer"]
+        gold = _is(str, row["answer"])
+        return {"question": row["problem"], "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, gold
     if task == "humaneval":
         row["prompt"].index("def " + row["entry_point"])  # ValueError if it is not there
-        return {"prompt": row["prompt"]}, {key: row[key] for key in ("prompt", "entry_point", "test")}
+        return {"prompt": row["prompt"]}, {key: _is(str, row[key]) for key in ("prompt", "entry_point", "test")}
     if task == "countdown":
         return _parse_countdown(row)
-    tests = {key: row[key] for key in ("test_imports", "test_list")}
+    tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
     return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
+
+
+def _is(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
+    return value
 
 
 def _parse_countdown(row: dict) -> tuple[dict, dict]:
@@ -1410,13 +1454,15 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
                 key = next((row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row), f"{subject}/{k}")
                 if any(value == "" or not isinstance(value, (str, int)) for value in [*fields.values(), key]):
                     raise ValueError("an empty or wrong value")
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{place}: not a row for {task} ({error!r}); give {benchmark.file}") from error
+                prompt = benchmark.template.format(**fields)
+                prompt.encode()  # ValueError for half a character, which JSON can hold
+            except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"{place}: not a row for {task} ({error!r:.200}); give {benchmark.file}") from error
             if benchmark.subset and subject not in benchmark.subset:
                 continue
             if str(key) in questions:
-                raise ValueError(f"{place}: {key!r} was there before; give every question once")
-            questions[str(key)] = Question(str(key), benchmark.template.format(**fields), gold)
+                raise ValueError(f"{place}: {key!r:.80} was there before; give every question once")
+            questions[str(key)] = Question(str(key), prompt, gold)
     if not questions:
         raise ValueError(f"{path}: no question for {task}; give {benchmark.file}")
     return list(questions.values())
@@ -1544,7 +1590,7 @@ def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
 def overconfident(text: str) -> tuple[tuple[str, float], ...]:
     name, _, factor = text.partition("=")
     try:
-        if name in train_toy.NAMES[:2] and name and 0 < float(factor) < math.inf:
+        if name in tuple(train_toy.NAMES[:2]) and 0 < float(factor) < math.inf:
             return ((name, float(factor)),)
     except ValueError:
         pass
@@ -1554,8 +1600,8 @@ def overconfident(text: str) -> tuple[tuple[str, float], ...]:
 
 def member_folder(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    if not (re.fullmatch(r"[\w.-]+", name) and equals and path):  # the name becomes part of a file's name
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, the name of letters, digits and _ . -")
     return name, Path(path)
 
 
@@ -1622,9 +1668,11 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 parser.error(f"--table and --figure set their own --{name.replace('_', '-')}: leave it out")
         if args.overconfident and "9" not in args.table:
             parser.error("--overconfident goes with --table 9, the main table or the trace: leave it or the others out")
-    for name in ("trace", "table", "figure", "overconfident"):
-        if getattr(args, name) and args.members:
-            parser.error(f"--{name} is for the toy: leave out --members")
+    if not 0 <= args.problem_seed < 2**32:
+        parser.error(f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
+    for name in ("trace", "table", "figure", "overconfident", "problems", "problem_seed", "seed", "steps", "checkpoints"):
+        if getattr(args, name) != parser.get_default(name) and args.members:
+            parser.error(f"--{name.replace('_', '-')} is for the toy: leave out --members")
     for name in ("task", "data", "limit", "device", "single", "run_code"):
         if getattr(args, name) and not args.members:
             parser.error(f"--{name.replace('_', '-')} is for real checkpoints: give --members too")

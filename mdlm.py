@@ -11,6 +11,7 @@ Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H h
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -59,13 +60,18 @@ class ModelConfig:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         for name in ("norm_eps", "rope_theta"):
-            if type(value := getattr(self, name)) not in (int, float) or value <= 0:
+            if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        for name in ("qkv_bias", "rope_float32", "shift"):
+            if type(value := getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {value!r}")
         if self.width % (2 * self.heads):  # rotary positions turn pairs
             raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} heads")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         ends = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        if not ends:
+            raise ValueError("eos_id must be an id, or a list of at least one")
         for name, value in [("mask_id", self.mask_id), ("pad_id", self.pad_id), *(("eos_id", end) for end in ends)]:
             if type(value) is not int or not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name} {value!r} lies outside the vocabulary of {self.vocab_size}")
@@ -305,7 +311,7 @@ def load(
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{file}: missing or damaged ({error}); fetch or write the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: holds no JSON object; fetch or write the file again")  # noqa: TRY004, bad input
@@ -347,6 +353,8 @@ def _open_weights(folder: Path, shapes: dict[str, list[int]]) -> list[Any]:
                 raise ValueError(f"{path}: unexpected tensor {name}; does config.json belong to these weights?")
             if (shape := files[-1].get_slice(name).get_shape()) != shapes[name]:
                 raise ValueError(f"{path}: {name} has shape {shape}, but config.json asks for {shapes[name]}")
+            if (kind := files[-1].get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{path}: {name} holds {kind}, not floating-point numbers; give unquantised weights")
             found.add(name)
     if missing := [name for name in shapes if name not in found]:
         raise ValueError(f"{folder}: tensor {missing[0]} is in none of its files; fetch the folder again")

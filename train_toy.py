@@ -20,10 +20,13 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from multiprocessing.connection import Connection, wait
@@ -32,6 +35,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -323,13 +327,12 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "") -> list[
     """
     folders = {name: Path(out) / name for name in plan}
     todo = [name for name in plan if read_record(folders[name], *plan[name]) is None]
-    for name in todo:
-        _prepare(folders[name])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no value
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
+    _prepare([folders[name] for name in todo])
     _run_workers({name: (*plan[name], str(folders[name]), device) for name in todo})
     return [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
 
@@ -341,25 +344,30 @@ def read_record(folder: Path, settings: Settings, name: str) -> dict | None:
     """The training record of a complete folder with these settings, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        same = record["settings"] == asdict(settings) and record["name"] == name
+        same = record["settings"] == asdict(settings) and record["name"] == name and "validation_accuracy" in record
     except (OSError, ValueError, KeyError, TypeError):
         return None
     files = all((folder / file).is_file() for file in ("model.safetensors", "config.json"))
     return record if same and files else None
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder, check that it can be written, and take away an old record: from here on it is not complete."""
+def _prepare(folders: list[Path]) -> None:
+    """Make the folders and check that all can be written; only then take old records away: none is complete now."""
+    folder = Path()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{RECORD}.part").write_text("")
-        (folder / RECORD).unlink(missing_ok=True)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{RECORD}.part").write_text("")
+            (folder / f"{RECORD}.part").unlink()
+        for folder in folders:
+            (folder / RECORD).unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to folder {folder}: {error.strerror}") from None
+        raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
 
 
 def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: str) -> None:
-    """One training process: sends (step, loss) as it goes."""
+    """One training process: sends (step, loss) as it goes, or a ValueError where it cannot go on."""
+    end_with_parent()
     try:
         start = time.monotonic()
         model = train(settings, NAMES.index(name), device, lambda step, loss: pipe.send((step, loss)))
@@ -377,8 +385,32 @@ def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: 
         part = Path(folder) / f"{RECORD}.part"
         part.write_text(json.dumps(record, indent=1))
         os.replace(part, Path(folder) / RECORD)
-    except (BrokenPipeError, KeyboardInterrupt):  # nobody waits for this member any more
+    except BrokenPipeError:  # nobody waits for this member any more
         sys.exit(1)
+    except (OSError, SafetensorError) as error:
+        pipe.send(ValueError(f"cannot write to folder {folder}: {error}; make room, or give another"))
+    except RuntimeError as error:  # too little memory, for one
+        pipe.send(ValueError(f"training of member {name} failed: {error}"))
+
+
+def end_with_parent() -> None:
+    """For a process of a pool or of training: it ends when its parent was killed, instead of waiting for ever."""
+
+    def watch() -> None:
+        cast(Any, multiprocessing.parent_process()).join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def deaf_processes() -> Iterator[None]:
+    """Processes started in here never hear Ctrl-C, which reaches all at once: this one does, and ends them."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _run_workers(jobs: dict[str, tuple[Settings, str, str, str]]) -> None:
@@ -389,7 +421,8 @@ def _run_workers(jobs: dict[str, tuple[Settings, str, str, str]]) -> None:
         for name, job in jobs.items():
             pipe, theirs = context.Pipe(duplex=False)
             worker = context.Process(target=_work, args=(theirs, *job), daemon=True)
-            worker.start()
+            with deaf_processes():
+                worker.start()
             theirs.close()  # so that the end of the process reads as the end of the pipe
             workers[pipe] = (name, worker)
         _watch(workers, sum(job[0].steps for job in jobs.values()))
@@ -415,6 +448,8 @@ def _watch(workers: dict[Any, tuple[str, Any]], total: int) -> None:
                 if worker.exitcode != 0:
                     raise RuntimeError(f"training of member {name} ended with exit code {worker.exitcode}") from None
                 continue
+            if isinstance(progress, ValueError):
+                raise progress
             bar.update(progress[0] - seen[name][0])
             seen[name] = progress
             bar.set_postfix_str(", ".join(f"{n} loss {loss:.2f}" for n, (_, loss) in seen.items()))
@@ -427,7 +462,7 @@ class Parser(argparse.ArgumentParser):
     """Bad input costs one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def keep_memory() -> None:
@@ -463,9 +498,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records = train_members(plan_members(options.settings, options.members), options.out, options.device)
     except (ValueError, RuntimeError) as error:
-        print(f"train_toy.py: {error}", file=sys.stderr)
+        print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
+        print("train_toy.py: interrupted; the same command goes on with the members that are not complete",
+              file=sys.stderr)  # fmt: skip
         return 130
     for record in records:
         print(f"member {record['name']}: {record['validation_accuracy']:.1%} of {record['validation_problems']} "

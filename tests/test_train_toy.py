@@ -219,7 +219,7 @@ def test_a_dead_training_process_is_named_and_leaves_nothing_complete(tmp_path, 
 
 def test_retraining_takes_the_old_record_away_first(tmp_path, monkeypatch):
     """A training that is killed half-way must not leave the old record beside weights of other settings."""
-    record = {"settings": toy.asdict(toy.Settings(**TINY)), "name": "A"}
+    record = {"settings": toy.asdict(toy.Settings(**TINY)), "name": "A", "validation_accuracy": 0.5}
     (tmp_path / "A").mkdir()
     for file, text in (("training.json", json.dumps(record)), ("model.safetensors", ""), ("config.json", "")):
         (tmp_path / "A" / file).write_text(text)
