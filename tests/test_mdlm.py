@@ -6,6 +6,7 @@ import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,8 +180,28 @@ def test_each_family_rotates_in_its_own_precision(family, dtype, monkeypatch):
 
 
 def test_more_positions_than_max_length():
+    assert build(TOY)(draw(0, 1, 32)).shape == (1, 32, 11)
     with pytest.raises(ValueError, match="33 positions exceed the model's max_length of 32"):
         build(TOY)(draw(0, 1, 33))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_layer_is_used_once_and_in_order_and_every_norm_has_the_epsilon(layers):
+    model, used = build(replace(TOY, layers=layers, norm_eps=0.5)), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, _: used.append(layer))
+    model(draw(0, 1, 5))
+    assert used == list(model.layers)
+    assert [m.eps for m in model.modules() if isinstance(m, mdlm.RMSNorm)] == [0.5] * (2 * layers + 1)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_every_tensor_is_made_on_the_device_of_the_tokens(shift):
+    model, tokens = build(replace(TOY, shift=shift)), draw(0, 2, 5)
+    real, generator = tokens >= 0, torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # what names no device lands there, and no sum of the two is possible
+        assert model(tokens).device == model(tokens, tokens % 5, real).device == tokens.device
+        assert mdlm.diffusion_loss(model, tokens, real, generator) > 0
 
 
 # --- golden: what the official modelling code gives ---------------------------------------------
@@ -329,6 +350,19 @@ def test_save_and_load_give_the_model_back_bit_for_bit(tmp_path_factory, config,
     assert all(p.requires_grad for p in again.parameters())
 
 
+def test_save_makes_the_folders_above(tmp_path):
+    mdlm.save(build(TOY), tmp_path / "new" / "newer")
+    assert mdlm.load(tmp_path / "new" / "newer")[1] == TOY
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda file, encoding=None: file.read_bytes().decode(encoding or "ascii"))
+    mdlm.save(build(TOY), tmp_path)
+    edit(note="naïve")(tmp_path)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace("\\u00ef", "ï"), "utf-8")
+    assert mdlm.load(tmp_path)[1] == TOY
+
+
 def test_loaded_weights_outlive_their_file(tmp_path):
     mdlm.save(build(TOY), tmp_path)
     model, _ = mdlm.load(tmp_path)
@@ -343,6 +377,15 @@ def test_dtype_is_chosen_once(tmp_path):
     save_file({name: weight.bfloat16() for name, weight in state.items()}, tmp_path / "model.safetensors")
     dtypes = [next(mdlm.load(tmp_path, dtype=d)[0].parameters()).dtype for d in (None, torch.bfloat16, torch.float16)]
     assert dtypes == [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_weights_go_to_the_device_and_a_real_checkpoint_is_bfloat16_on_cuda(monkeypatch):
+    assert {p.device.type for p in mdlm.load(GOLDEN / "dream-tiny", device="meta")[0].parameters()} == {"meta"}
+    cuda, empty, to, asked = SimpleNamespace(device=torch.device("cuda")), torch.empty, torch.Tensor.to, set()
+    monkeypatch.setattr(torch, "empty", lambda *x, **y: cuda if y["device"] == "cuda" else empty(*x, **y))  # as if
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **_: asked.add(where) or to(x, where[-1]))
+    mdlm.load(GOLDEN / "dream-tiny", device="cuda")
+    assert asked == {(cuda.device, torch.bfloat16)}
 
 
 def shard(folder, count):
