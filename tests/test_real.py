@@ -109,27 +109,3 @@ def test_models_of_one_vocabulary_share_a_codec(folders):
     twins = evaluation.real_members(members, ["cpu"] * 3, "bfloat16")
     assert all(member.denoise.embed.weight.dtype == torch.bfloat16 for member in twins)
     assert twins[0].codec is twins[1].codec is not twins[2].codec
-
-
-BAD = [
-    (["--task", "gsm8k"], "--members"),
-    (["--members", "a"], "NAME=FOLDER"),
-    (["--members", "a=x", "b=y"], "--task and --data"),
-    (["--members", "a=x", "a=y", "--task", "gsm8k", "--data", "DATA"], "twice"),
-    (["--members", "a=x", "b=y", "--task", "gsm8k", "--data", "nowhere"], "nowhere"),
-    (["--members", "a=x", "b=y", "--task", "gsm8k", "--data", "DATA"], "config.json"),
-    (["--members", "a=x", "--task", "gsm8k", "--data", "DATA"], "no ensemble"),
-    (["--members", "a=x", "b=y", "--task", "gsm8k", "--data", "DATA", "--device", "cpu", "cpu", "cpu"], "--device"),
-    (["--members", "a=x", "b=y", "--task", "gsm8k", "--data", "DATA", "--device", "nonsense"], "nonsense"),
-    (["--members", "a=x", "b=y", "--task", "mbpp", "--data", "DATA"], "sanitized-mbpp.json"),
-]
-
-
-@pytest.mark.parametrize("bad, named", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_two(bad, named, data, capsys):
-    try:
-        code = evaluation.main([str(data) if word == "DATA" else word for word in bad])
-    except SystemExit as stop:
-        code = stop.code
-    err = capsys.readouterr().err
-    assert code == 2 and named in err and len(err.splitlines()) == 1

@@ -419,50 +419,6 @@ def test_figure_1_shows_the_scores_after_every_step(fakes):
             assert said == pytest.approx(value) if said is not None else value == -torch.inf
 
 
-# --- bad input, and members from folders --------------------------------------------------------------------------
-
-BAD = [
-    (["--table", "4"], "--table"),
-    (["--table"], "--table"),
-    (["--overconfident", "C=2"], "member A or B"),
-    (["--overconfident", "B=0"], "factor above 0"),
-    (["--overconfident", "B=x"], "factor above 0"),
-    (["--overconfident", "B=inf"], "factor above 0"),
-    (["--overconfident", "=2"], "MEMBER=FACTOR"),
-    (["--table", "1", "--overconfident", "B=2"], "--table 9"),
-    (["--table", "7", "--threshold", "0.9"], "--threshold"),
-    (["--table", "3", "--score", "negative_entropy"], "--score"),
-    (["--table", "3", "--trace", "1"], "--trace"),
-    (["--table", "1", "--problems", "0"], "--problems 0"),
-    (["--table", "1", "--seeds", "0"], "--seeds"),
-    (["--seeds", "2"], "--table"),
-    (["--figure", "figures", "--json"], "--json"),
-    (["--figure", "figures", "--seeds", "2", "--table", "1"], "--seeds"),
-    (["--table", "1", "--members", "a=b", "c=d"], "--members"),
-]
-
-
-@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(a) for a, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_two(arguments, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = evaluation.main(arguments)
-    except SystemExit as stop:
-        code = stop.code
-    err = capsys.readouterr().err
-    assert code == 2 and named in err and len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_hold_figures_is_refused_before_training(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.chdir(tmp_path)
-    assert evaluation.main(["--figure", "file"]) == 2
-    err = capsys.readouterr().err
-    assert "--figure file" in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "checkpoints").exists()
-
-
 def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     settings = train_toy.Settings()

@@ -230,40 +230,6 @@ def test_retraining_takes_the_old_record_away_first(tmp_path, monkeypatch):
     assert toy.read_record(tmp_path / "A", toy.Settings(**TINY), "A") is None
 
 
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--steps", 0], "steps is 0"),
-        (["--weight", 0], "weight is 0.0"),
-        (["--misprints", 1], "misprints is 1.0"),
-        (["--rare-facts", 40], "40 rare facts"),
-        (["--members", 5], "members is 5"),
-        (["--members", 0], "members is 0"),
-        (["--seeds", 3], "--seeds"),
-        (["--step", 3], "--step"),
-        (["--steps", "many"], "many"),
-        (["--device", "abacus"], "abacus"),
-        (["--out", __file__], "test_train_toy.py"),
-    ],
-)
-def test_bad_input_costs_one_line_before_training(arguments, told, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "_run_workers", lambda *_: pytest.fail("training began"))
-    monkeypatch.chdir(tmp_path)
-    try:
-        code = toy.main([str(word) for word in arguments])
-    except SystemExit as end:
-        code = end.code
-    out, err = capsys.readouterr()
-    assert code == 2 and out == ""
-    assert told in err and err.count("\n") == 1 and err.startswith("train_toy.py: ")
-
-
-def test_bad_input_as_a_command():
-    done = command("--weight", 2)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "train_toy.py: weight is 2.0, but must be in (0, 1]\n"
-
-
 def test_help_has_a_line_for_each_option(capsys):
     with pytest.raises(SystemExit):
         toy.main(["--help"])

@@ -1,0 +1,125 @@
+"""Ctrl-C and SIGKILL at random moments: no process stays, and the same command then leaves what an undisturbed run
+leaves.
+
+A moment is a fixed random share of the time that an undisturbed run takes from its first sign of work on disk to its
+end. For each command and each signal one moment is tried, and 25 in about a quarter of an hour with
+
+    INTERRUPTIONS=25 python -m pytest tests/test_interrupt.py
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from test_bad_input import untrained
+
+import eval as evaluation
+import train_toy
+
+ROOT = Path(__file__).parent.parent
+COUNT = int(os.environ.get("INTERRUPTIONS", "1"))
+COMMANDS = {  # arguments, and what is on disk as soon as the work begins
+    "eval": ("--problems 24 --batch-size 4 --top-k 4 --checkpoints checkpoints", "settings.json"),
+    "train_toy": ("--steps 200 --batch 4 --width 8 --layers 1 --device cpu", "A"),
+}
+PATIENCE = 120  # seconds, for a command that was told to end
+
+
+def begin(program, folder):
+    """The command, at work; in a process group of its own, as a shell starts it."""
+    arguments, sign = COMMANDS[program]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may ignore it
+    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", *arguments.split(), "--out", folder],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    signal.signal(signal.SIGINT, handler)
+    while process.poll() is None and not (folder / sign).exists():
+        time.sleep(0.005)
+    return process
+
+
+def end(process, patience=None):
+    """Exit code and stderr. All processes that the command started hold its stderr: the pipe ends with the last."""
+    try:
+        _, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, err
+
+
+def interrupt(program, sent, seconds, folder):
+    process = begin(program, folder)
+    time.sleep(seconds)
+    if sent == signal.SIGINT:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sent)  # a terminal sends it to all processes of the command
+    else:
+        process.send_signal(sent)
+    return end(process, PATIENCE)
+
+
+def contents(folder):
+    """Every file but unfinished ones, which nobody reads; records in any order; without timings and hardware."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.suffix == ".jsonl":
+            found[path.name] = sorted(path.read_text().splitlines())
+        elif path.suffix == ".json":
+            read = json.loads(path.read_text())
+            found[str(path.relative_to(folder))] = {k: v for k, v in read.items() if k not in ("hardware", "seconds")}
+        elif path.is_file() and path.suffix != ".part":
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """For each command: the seconds that it works, and what it leaves."""
+    home, runs = tmp_path_factory.mktemp("home"), {}
+    untrained(home / "checkpoints" / "toy-seed0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        for program in COMMANDS:
+            process = begin(program, home / program)
+            start = time.monotonic()
+            assert end(process) == (0, "")
+            runs[program] = (time.monotonic() - start, contents(home / program))
+        yield runs
+
+
+def test_an_undisturbed_run_is_complete(undisturbed):
+    records = {name: own for name, own in undisturbed["eval"][1].items() if name.endswith(".jsonl")}
+    assert len(records) == 5
+    assert all(len({json.loads(line)["id"] for line in own}) == len(own) == 24 for own in records.values())
+    assert "summary.json" in undisturbed["eval"][1]
+    files = {f"{name}/{file}" for name in "AB" for file in ("config.json", "model.safetensors", "training.json")}
+    assert undisturbed["train_toy"][1].keys() == files
+
+
+@pytest.mark.parametrize("moment", range(COUNT))
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("program", COMMANDS)
+def test_interrupted_it_goes_on_to_the_same_end(program, sent, moment, undisturbed, tmp_path, monkeypatch, capsys):
+    seconds, expected = undisturbed[program]
+    seconds *= random.Random(f"{program} {sent.name} {moment}").random()
+    while (ended := interrupt(program, sent, seconds, tmp_path / "out"))[0] == 0:  # done before the moment
+        seconds /= 2
+        shutil.rmtree(tmp_path / "out")
+    code, err = ended
+    assert code == (130 if sent == signal.SIGINT else -sent)
+    assert err.count("\n") == (sent == signal.SIGINT), err
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    main = {"eval": evaluation.main, "train_toy": train_toy.main}[program]
+    assert main([*COMMANDS[program][0].split(), "--out", str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out") == expected
