@@ -2,6 +2,7 @@
 
 Written from the paper and the decisions listed in tie.py's texts, not from its code: nothing but Member, Config and
 Canvas is taken from there. Rows are stripped of their padding, and the denoiser is asked for every position at once.
+A Row goes round by round, so that each of its steps can be compared.
 """
 
 from __future__ import annotations
@@ -33,21 +34,16 @@ Guess = namedtuple("Guess", "token top1_probability negative_entropy probability
 # a mean over positions and what went into it: equal evidence is an exact tie, equal values alone are not
 Mean = namedtuple("Mean", "value evidence")
 NOTHING = Mean(NEVER, ())
-# what the ensemble gives for one row
-Row = namedtuple("Row", "states leaders scores tcc top1 winner forwards")
 
 
 @dataclass
 class State:
+    """What a member holds of one row."""
+
     tokens: list[int]
     masked: list[bool]
-
-
-# n steps of one member on one row, or fewer if it completes
-class Stretch(namedtuple("Stretch", "count comparisons history steps")):
-    @property
-    def top1(self) -> Mean:
-        return self.history[-1] if self.history else NOTHING
+    reasoning: slice
+    answer: slice
 
 
 def guess(logits: list[float], mask_id: int) -> Guess:
@@ -66,11 +62,14 @@ def look(member: tie.Member, state: State) -> dict[int, Guess]:
     return {i: guess(logits[i], member.mask_id) for i, hole in enumerate(state.masked) if hole}
 
 
-def relevant(member: tie.Member, state: State, guesses: dict, answer: slice, config: tie.Config) -> list[int]:
+def eos_ids(member: tie.Member) -> tuple[int, ...]:
+    return member.eos_id if isinstance(member.eos_id, tuple) else (member.eos_id,)
+
+
+def relevant(member: tie.Member, state: State, guesses: dict[int, Guess], config: tie.Config) -> list[int]:
     """A^(t): the masked answer positions, the first few of them with a window, then less those that predict EOS."""
-    eos = member.eos_id if isinstance(member.eos_id, tuple) else (member.eos_id,)
-    masked = [i for i in range(answer.start, answer.stop) if state.masked[i]][: config.answer_window]
-    return [i for i in masked if guesses[i].token not in eos]
+    masked = [i for i in range(state.answer.start, state.answer.stop) if state.masked[i]][: config.answer_window]
+    return [i for i in masked if guesses[i].token not in eos_ids(member)]
 
 
 def mean(positions: list[int], guesses: dict[int, Guess], name: str) -> Mean:
@@ -78,6 +77,12 @@ def mean(positions: list[int], guesses: dict[int, Guess], name: str) -> Mean:
         return NOTHING
     value = sum(getattr(guesses[i], name) for i in positions) / len(positions)
     return Mean(value, tuple((i, guesses[i].logits) for i in positions))
+
+
+def average(means: list[Mean]) -> Mean:
+    """The mean of those that say something."""
+    said = [part.value for part in means if part != NOTHING]
+    return Mean(sum(said) / len(said), tuple(means)) if said else NOTHING
 
 
 def best(means: list[Mean]) -> list[int]:
@@ -94,14 +99,15 @@ def leader(scores: list[Mean], tops: list[Mean]) -> int:
     return tied[best([tops[m] for m in tied])[0]]
 
 
-def open_positions(state: State, reasoning: slice, answer: slice, size: int) -> list[int]:
-    """The masked positions of the first block that has any."""
-    for region in (reasoning, answer):
-        for start in range(region.start, region.stop, size):
-            masked = [i for i in range(start, min(start + size, region.stop)) if state.masked[i]]
-            if masked:
-                return masked
-    return []
+def blocks(reasoning: slice, answer: slice, size: int) -> list[range]:
+    regions = [range(region.start, region.stop) for region in (reasoning, answer)]
+    return [region[i : i + size] for region in regions for i in range(0, len(region), size)]
+
+
+def masked_blocks(state: State, size: int) -> list[list[int]]:
+    """The masked positions of each block that has any."""
+    masked = [[i for i in block if state.masked[i]] for block in blocks(state.reasoning, state.answer, size)]
+    return [block for block in masked if block]
 
 
 def commit(state: State, guesses: dict[int, Guess], block: list[int], config: tie.Config) -> None:
@@ -119,89 +125,215 @@ def commit(state: State, guesses: dict[int, Guess], block: list[int], config: ti
         state.tokens[i], state.masked[i] = guesses[i].token, False
 
 
-def generate(member: tie.Member, state: State, reasoning: slice, answer: slice, config: tie.Config) -> Stretch:
-    """n steps alone; the comparisons of Eq. 5 or 7 between each step and the next."""
-    count, comparisons, steps = Fraction(0), 0, 0
-    history: list[Mean] = []
-    before: dict[int, int] = {}  # A^(t) of the step before, each position with its top-1
-    while steps < config.interval and any(state.masked):
-        guesses = look(member, state)
-        if before:
-            changes = sum(state.masked[i] and guesses[i].token != token for i, token in before.items())
-            count += Fraction(changes, len(before) if config.normalize else 1)
-            comparisons += 1
-        A = relevant(member, state, guesses, answer, config)
-        before = {i: guesses[i].token for i in A}
-        history += [mean(A, guesses, "top1_probability")] if A else []
-        commit(state, guesses, open_positions(state, reasoning, answer, config.block_size), config)
-        steps += 1
-    return Stretch(count, comparisons, history, steps)
+class Trajectory:
+    """One member at work on one row: its state, the counts of its round, and those of its whole decoding."""
+
+    def __init__(self, member: tie.Member, state: State, config: tie.Config):
+        self.member, self.state, self.config = member, state, config
+        self.tcc, self.compared, self.top1, self.forwards = Fraction(0), False, NOTHING, 0
+        self.begin_round()
+
+    def begin_round(self) -> None:
+        self.count, self.comparisons = Fraction(0), 0
+        self.history: list[Mean] = []  # the top-1 probabilities of the steps with an A^(t)
+        self.before: dict[int, int] = {}  # A^(t) of the step before, each position with its top-1
+
+    def generate(self, n: int) -> int:
+        """n steps alone, or to the end; the comparisons of Eq. 5 or 7 between each step and the next."""
+        state, config, steps = self.state, self.config, 0
+        while steps < n and any(state.masked):
+            guesses = look(self.member, state)
+            if self.before:
+                changes = sum(state.masked[i] and guesses[i].token != token for i, token in self.before.items())
+                self.count += Fraction(changes, len(self.before) if config.normalize else 1)
+                self.comparisons += 1
+            A = relevant(self.member, state, guesses, config)
+            self.before = {i: guesses[i].token for i in A}
+            self.history += [mean(A, guesses, "top1_probability")] if A else []
+            commit(state, guesses, masked_blocks(state, config.block_size)[0], config)
+            steps += 1
+        self.forwards += steps
+        return steps
+
+    def close_round(self) -> tuple[Mean, Mean]:
+        """The score of the member's own steps, and the top-1 probability that breaks ties."""
+        score, top1 = Mean(-self.count, ()) if self.comparisons else NOTHING, [NOTHING, *self.history][-1]
+        if self.config.score == "top1_history":
+            score = average(self.history)
+        self.tcc += self.count
+        self.compared = self.compared or self.comparisons > 0
+        self.top1 = [self.top1, *self.history][-1]
+        self.begin_round()
+        return score, top1
 
 
-def assess(members: list, m: int, state: State, stretch: Stretch, answer: slice, config: tie.Config) -> Mean:
-    """The score of trajectory m."""
-    if config.score == "token_change_count":
-        return Mean(-stretch.count, ()) if stretch.comparisons else NOTHING
-    if config.score == "top1_history":
-        return average(stretch.history)
-    readers = members if config.cross_model else [members[m]]
-    readings = [(reader, look(reader, state)) for reader in readers]
-    means = [mean(relevant(r, state, g, answer, config), g, config.score) for r, g in readings]
-    return average(means)
+class Row:
+    """The rounds of all members on one row."""
+
+    def __init__(self, members: list[tie.Member], states: list[State], config: tie.Config):
+        self.trajectories = [Trajectory(member, state, config) for member, state in zip(members, states)]
+        self.config, self.ended, self.not_relayed = config, False, 0
+        self.leaders: list[int] = []
+        self.scores: list[list[float]] = []
+
+    @property
+    def states(self) -> list[State]:
+        return [trajectory.state for trajectory in self.trajectories]
+
+    @property
+    def complete(self) -> list[bool]:
+        return [not any(state.masked) for state in self.states]
+
+    @property
+    def tcc(self) -> list[Fraction]:
+        return [trajectory.tcc for trajectory in self.trajectories]
+
+    @property
+    def top1(self) -> list[float]:
+        return [float(trajectory.top1.value) for trajectory in self.trajectories]
+
+    @property
+    def forwards(self) -> int:
+        return sum(trajectory.forwards for trajectory in self.trajectories)
+
+    def generate(self, n: int) -> int:
+        return max([trajectory.generate(n) for trajectory in self.trajectories])
+
+    def close_round(self) -> tuple[list[Mean], list[Mean]]:
+        scores, tops = zip(*[trajectory.close_round() for trajectory in self.trajectories])
+        self.ended = self.ended or any(self.complete)
+        return list(scores), list(tops)
+
+    def assess(self, name: str, cross_model: bool) -> list[Mean]:
+        """A logit score of each trajectory: its mean over the readers who have something to say."""
+        scores = []
+        for trajectory in self.trajectories:
+            means = []
+            for reader in self.trajectories if cross_model else [trajectory]:
+                state = told(trajectory, reader)
+                if state is not None:
+                    guesses = look(reader.member, state)
+                    means.append(mean(relevant(reader.member, state, guesses, self.config), guesses, name))
+            scores.append(average(means))
+        for trajectory in self.trajectories:  # of M * M forwards the leader's M serve the next step too
+            trajectory.forwards += len(self.trajectories) - 1 if cross_model else 1
+        return scores
+
+    def relay(self, leader: int, scores: list[Mean]) -> None:
+        """Every member's state becomes the leader's; with leader -1 each keeps its own."""
+        self.leaders.append(leader)
+        self.scores.append([float(score.value) for score in scores])
+        if leader >= 0:
+            states = [told(self.trajectories[leader], receiver) for receiver in self.trajectories]
+            self.not_relayed += states.count(None)
+            for receiver, state in zip(self.trajectories, states):
+                receiver.state = receiver.state if state is None else state
+
+    def select(self) -> int:
+        config, leads = self.config, [self.leaders.count(m) for m in range(len(self.trajectories))]
+        if config.selection == "best_model":
+            return config.best_model
+        if config.selection == "most_selected" and self.leaders and leads.count(max(leads)) == 1:
+            return leads.index(max(leads))
+        scores = [Mean(-t.tcc, ()) if t.compared else NOTHING for t in self.trajectories]
+        return leader(scores, [t.top1 for t in self.trajectories])
+
+    def decode(self) -> None:
+        """Rounds until all members are complete; no more relays once one is, or after twice the steps of one alone."""
+        masks = [masked_blocks(state, self.config.block_size) for state in self.states]
+        limit = 2 * max(sum(math.ceil(len(block) / self.config.top_k) for block in row) for row in masks)
+        steps = 0
+        while not all(self.complete):
+            steps += self.generate(self.config.interval)
+            scores, tops = self.close_round()
+            self.ended = self.ended or steps >= limit
+            if not self.ended:
+                if self.config.score in tie.SCORES[1:]:
+                    scores = self.assess(self.config.score, self.config.cross_model)
+                self.relay(leader(scores, tops), scores)
+        self.winner = self.select()
 
 
-def average(means: list[Mean]) -> Mean:
-    """The mean of those that say something."""
-    said = [part.value for part in means if part.value > NEVER]
-    return Mean(sum(said) / len(said), tuple(means)) if said else NOTHING
-
-
-def select(config: tie.Config, tcc: list[Fraction], compared: list[bool], tops: list[Mean], leaders: list[int]) -> int:
-    if config.selection == "best_model":
-        return config.best_model
-    leads = [leaders.count(m) for m in range(len(tcc))]
-    if config.selection == "most_selected" and leaders and leads.count(max(leads)) == 1:
-        return leads.index(max(leads))
-    return leader([Mean(-count, ()) if some else NOTHING for count, some in zip(tcc, compared)], tops)
-
-
-def ensemble_row(members: list, states: list[State], reasoning: slice, answer: slice, config: tie.Config) -> Row:
-    M = len(members)
-    leaders: list[int] = []
-    scores: list[list[float]] = []
-    forwards, ended = 0, False
-    tcc, compared, tops = [Fraction(0)] * M, [False] * M, [NOTHING] * M
-    while True:
-        stretches = [generate(member, state, reasoning, answer, config) for member, state in zip(members, states)]
-        for m, stretch in enumerate(stretches):
-            tcc[m] += stretch.count
-            compared[m] = compared[m] or stretch.comparisons > 0
-            tops[m] = stretch.top1 if stretch.top1.value > NEVER else tops[m]
-            forwards += stretch.steps
-        complete = [not any(state.masked) for state in states]
-        ended = ended or any(complete)
-        if all(complete):
-            winner = select(config, tcc, compared, tops, leaders)
-            return Row(states, leaders, scores, tcc, [float(top.value) for top in tops], winner, forwards)
-        if not ended:
-            f = [assess(members, m, states[m], stretches[m], answer, config) for m in range(M)]
-            scores.append([float(score.value) for score in f])
-            leaders.append(leader(f, [stretch.top1 for stretch in stretches]))
-            states = [deepcopy(states[leaders[-1]]) for _ in members]
-            if config.score in tie.SCORES[1:]:  # of M * M forwards the leader's M serve the next step too
-                forwards += M * (M - 1) if config.cross_model else M
-
-
-def ensemble(members: list, canvases: list[tie.Canvas], config: tie.Config) -> list[Row]:
-    """Each row by itself, its padding cut off. Raises Unclear where float32 cannot be expected to agree."""
-    rows = []
+def rows(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config) -> list[Row]:
+    """Each row by itself, its padding cut off."""
+    found = []
     for b in range(len(canvases[0].tokens)):
-        mask = canvases[0].attention_mask
-        pad = 0 if mask is None else int((~mask[b]).sum())
-        states = [State(c.tokens[b, pad:].tolist(), c.masked[b, pad:].tolist()) for c in canvases]
-        reasoning, answer = (slice(s.start - pad, s.stop - pad) for s in (canvases[0].reasoning, canvases[0].answer))
-        rows.append(ensemble_row(members, states, reasoning, answer, config))
-    return rows
+        states = []
+        for c in canvases:
+            pad = 0 if c.attention_mask is None else int((~c.attention_mask[b]).sum())
+            regions = [slice(region.start - pad, region.stop - pad) for region in (c.reasoning, c.answer)]
+            states.append(State(c.tokens[b, pad:].tolist(), c.masked[b, pad:].tolist(), *regions))
+        found.append(Row(members, states, config))
+    return found
+
+
+def ensemble(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config) -> list[Row]:
+    """Raises Unclear where float32 cannot be expected to agree."""
+    decoded = rows(members, canvases, config)
+    for row in decoded:
+        row.decode()
+    return decoded
+
+
+# --- relay between vocabularies -----------------------------------------------------------------------
+
+
+def told(sender: Trajectory, receiver: Trajectory) -> State | None:
+    """The sender's state as the receiver would hold it; None if its text does not fit."""
+    if sender.member.codec is receiver.member.codec:
+        return deepcopy(sender.state)
+    state = deepcopy(receiver.state)
+    for own, theirs in ((state.reasoning, sender.state.reasoning), (state.answer, sender.state.answer)):
+        pairs = zip(sender.state.tokens[theirs], sender.state.masked[theirs])
+        ids = retell([None if hole else token for token, hole in pairs], sender.member, receiver.member, own)
+        if ids is None:
+            return None
+        state.tokens[own] = [receiver.member.mask_id if i is None else i for i in ids]
+        state.masked[own] = [i is None for i in ids]
+    return state
+
+
+def retell(ids: list, sender: tie.Member, receiver: tie.Member, region: slice) -> list | None:
+    """One region in the receiver's ids, None where masked."""
+    eos, new = eos_ids(receiver)[0], []
+    text: list[int] = []
+    for i in with_holes(ids, sender) + [None]:  # one mask more, to end the last text
+        if i is None or i in eos_ids(sender):
+            new += receiver.codec.encode(sender.codec.decode(text).decode()) + [None if i is None else eos]
+            text = []
+        else:
+            text.append(i)
+    new.pop()
+    rest = None if not ids or ids[-1] is None else eos
+    while new and new[-1] == rest:
+        new.pop()
+    missing = region.stop - region.start - len(new)
+    return None if missing < 0 else new + [rest] * missing
+
+
+def with_holes(ids: list, member: tie.Member) -> list:
+    """A hole for each token with a byte that belongs to no character; again, as long as that breaks others."""
+    new, run = [], []
+    for i in ids + [None]:
+        if i is not None and i not in eos_ids(member):
+            run.append(i)
+            continue
+        owner = [k for k, token in enumerate(run) for _ in member.codec.decode([token])]
+        bad = {owner[byte] for byte in broken(member.codec.decode(run))}
+        new += [None if k in bad else token for k, token in enumerate(run)] + [i]
+        run = []
+    new.pop()
+    return ids if new == ids else with_holes(new, member)
+
+
+def broken(data: bytes) -> set[int]:
+    """The bytes of no character, which has four at most."""
+    bad = set(range(len(data)))
+    for i in range(len(data)):
+        for j in range(i + 1, i + 5):
+            if data[i:j].decode(errors="ignore").encode() == data[i:j]:
+                bad -= set(range(i, j))
+    return bad
 
 
 # --- fake models --------------------------------------------------------------------------------------

@@ -422,6 +422,77 @@ def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cro
         assert set(names[calls[0] : calls[3 * (steps - served) - 1]]) == {"call"}
 
 
+class Accelerator(TorchFunctionMode):
+    """Notices what only a second device would punish: tensors that name no device land where nothing can meet them,
+    every move says where to, and what has equal values is sorted stably."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func is not torch.Tensor.to or args[1] is not None
+        if func is torch.Tensor.argsort and not kwargs.get("stable"):
+            assert args[0].sort().values.diff().all()
+        with torch.device("meta"):
+            return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("score, quota", list(product(ALL_SCORES, ({"top_k": 2}, {"threshold": 0.4}))))
+def test_every_tensor_is_made_on_the_device_of_a_canvas(score, quota, monkeypatch):
+    members, canvases, config = small([1, 2], score=score, interval=3, selection="most_selected", **quota)
+    expected, ends = tie.ensemble(members, canvases, config), tie.block_ends(canvases[0], config.block_size)
+    monkeypatch.setattr(tie, "block_ends", lambda *_: ends)  # the host counts them, and moves them once
+    with Accelerator():
+        canvas = Canvas.blank([[3, 4, 5], [6]], [7], 8, 6, mask_id=0, pad_id=9, device="cpu")
+        result = tie.ensemble(members, [canvas] * 2, config)
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(result.candidates, expected.candidates))
+    assert torch.equal(result.winner, expected.winner) and torch.equal(result.scores, expected.scores)
+
+
+def test_what_is_made_on_the_host_moves_to_the_canvas():
+    canvas, none = small([1]).canvases[0], torch.tensor([False, False])
+    canvas = replace(canvas, tokens=canvas.tokens.to("meta"))
+    assert tie.block_ends(canvas, 2).is_meta
+    got, fits = tie.translate(canvas.tokens, canvas.masked, *[slice(0, 1)] * 2, None, None, canvas, none)
+    assert got is canvas and fits.is_meta and fits.dtype == torch.bool
+
+
+class Softmaxes(TorchFunctionMode):
+    """Keeps how many rows each softmax was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.rows += [len(args[0])] if func is torch.Tensor.softmax else []
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vocab, rows", [(50, [3]), (2**20, [2, 1]), (2**21, [1, 1, 1])])
+def test_a_large_vocabulary_is_read_four_million_logits_at_a_time(vocab, rows):
+    logits = torch.zeros(3, 1, vocab)
+    logits[torch.arange(3), 0, torch.tensor([9, 7, 8])] = 30
+    with Softmaxes() as seen:
+        probability, token, value = tie.predict(logits.expand(3, 2, vocab), 7, 1, None)
+    assert seen.rows == rows
+    assert token[[0, 2]].tolist() == [[9, 9], [8, 8]] and torch.equal(value, probability[:, 1:])
+    assert probability[:, 0].tolist() == pytest.approx([1, 1 / (vocab - 1), 1], rel=1e-3)
+
+
+@given(SEED)
+def test_probabilities_are_float32_whatever_the_model_gives(seed):
+    logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    counted = torch.ones(2, 3, dtype=torch.bool)
+    for mine, exact in zip(tie.predict(logits, 0, 1, None), tie.predict(logits.float(), 0, 1, None)):
+        assert mine.dtype == exact.dtype and torch.equal(mine, exact)
+    exact = tie.confidence(logits.float(), counted)
+    assert all(torch.equal(value, exact[name]) for name, value in tie.confidence(logits, counted).items())
+
+
+def test_the_defaults_are_the_papers():
+    assert Config() == Config(16, 16, "token_change_count", True, True, 1, None, None, "lowest_tcc", 0)
+    assert Member(None, 0, 1) == Member(None, 0, 1, "", None) and str(Member(None, 0, 1)) == "a member"
+
+
 def bad_inputs():
     (m0, m1), (canvas, _), config = small([1, 2])
     longer = replace(canvas, reasoning=slice(canvas.reasoning.start, canvas.answer.start))
@@ -449,6 +520,10 @@ def bad_inputs():
         ("m1.*reasoning, then answer", [m1], [swapped], config),
         ("m1.*masks outside", [m0, m1], [canvas, replace(canvas, masked=canvas.tokens >= 0)], config),
         ("m1.*int64", [m0, m1], [canvas, replace(canvas, tokens=canvas.tokens.int())], config),
+        ("m1.*B, L", [m1], [replace(canvas, tokens=canvas.tokens[0])], config),
+        ("m1.*B, L", [m1], [replace(canvas, tokens=canvas.tokens[:0], masked=canvas.masked[:0])], config),
+        ("m1.*masked and", [m1], [replace(canvas, masked=canvas.masked.int())], config),
+        ("m1.*masked and", [m1], [replace(canvas, attention_mask=canvas.masked[:, 1:])], config),
         ("best_model 2", [m0, m1], [canvas] * 2, replace(config, best_model=2)),
         ("m1.*codec", other(codec=object()), [canvas] * 2, config),
         ("m1.*mask_id 10", other(mask_id=10), [canvas] * 2, config),
@@ -465,6 +540,7 @@ def test_prompts_are_padded_on_the_left_and_a_threshold_may_be_one():
     assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]]
     assert Config(threshold=1).threshold == 1
     assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
+    assert Canvas.blank([[3], [4]], [], 2, 1, mask_id=0, pad_id=9).attention_mask is None
 
 
 @pytest.mark.parametrize("message, refused", list(bad_inputs()))

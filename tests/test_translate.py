@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import chain, groupby
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +132,7 @@ def test_broken_characters_become_one_mask_a_token_and_never_a_replacement_chara
 def test_rows_left_out_and_rows_that_do_not_fit_keep_the_receivers_state():
     one, row = LONG.encode("1"), LONG.encode(TEXTS[2])  # SHORT has single bytes alone for the second
     tokens = torch.tensor([one + row, one + one * len(row), one + one * len(row)])
+    tokens[1, 0] = 10**6  # no id, but the row is left out
     own = Canvas.blank([[1]] * 3, [2], 1, len(row), mask_id=SHORT.size, pad_id=0)
     state = (tokens, tokens < 0, slice(0, 1), slice(1, 1 + len(row)), member(LONG), member(SHORT), own)
     got, fits = tie.translate(*state, torch.tensor([True, False, True]))
@@ -143,6 +145,13 @@ def test_half_a_character_that_a_broken_neighbour_leaves_behind_is_masked_too():
         decode = staticmethod(lambda ids: b"".join([b"\xc3", b"\xa9\xff"][i] for i in ids))  # e-acute, then no UTF-8
 
     assert tell([0, 1], Member(None, 2, 3, codec=Bytes()), member(SHORT), 3) == [None, None, SHORT.size + 1]
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_text_cannot_be_told_without_a_codec(silent):
+    pair = [replace(m, codec=None) if i == silent else m for i, m in enumerate((member(SHORT, 1), member(LONG, 2)))]
+    with pytest.raises(ValueError, match="'m1' and member 'm2' need codecs"):
+        tell([5], *pair, 3)
 
 
 def canvas_for(receiver: Member, reasoning: int, answer: int) -> Canvas:

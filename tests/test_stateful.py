@@ -1,0 +1,216 @@
+"""TIE's rounds in any order and any settings, each move beside the slow reference's."""
+
+from collections import namedtuple
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+
+import reference
+import torch
+from hypothesis import reject, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from reference import Fake, Unclear, Watched
+from test_tie import ALL_SCORES, ONE_TO_FOUR, QUOTAS, SCORES, near, one_row
+
+import tie
+from tie import Canvas, Config, Member
+
+Problem = namedtuple("Problem", "members canvases config")
+SILENT = -torch.inf
+STEPS = st.sampled_from([1, 2, 2, 3, 3, 4])
+LOGIT_SCORE = st.none() | st.sampled_from(SCORES[1:])  # none: the score of the member's own steps, as configured
+SEED = st.integers(0, 10**6) | st.integers(0, 2)  # members may be alike
+
+
+class Pieces:
+    """A vocabulary of a few byte strings; the longest that fits goes first."""
+
+    def __init__(self, *longer: bytes):
+        self.pieces = [b"a", b"b", b"\xc3", b"\xa9", *longer]  # the third and the fourth make one character
+
+    def encode(self, text: str) -> list[int]:
+        ids, data = [], text.encode()
+        while data:
+            ids.append(max((len(piece), i) for i, piece in enumerate(self.pieces) if data.startswith(piece))[1])
+            data = data[len(self.pieces[ids[-1]]) :]
+        return ids
+
+    def decode(self, ids: list[int]) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+
+CODECS = {"short": Pieces(), "long": Pieces(b"aba", b"bb", b"\xc3\xa9", b"a\xc3")}
+TEXT = st.text("abé", max_size=4)
+LENGTHS = st.sampled_from([(9, 7), (8, 6), (6, 8), (7, 5), (5, 5), (2, 3), (8, 0), (0, 7)])  # reasoning, answer
+
+
+@st.composite
+def problems(draw):
+    """Members of one vocabulary or of two, prompts of unequal length, perhaps partly decoded canvases, settings."""
+    M, B = draw(ONE_TO_FOUR), draw(st.integers(1, 3))
+    names = draw(st.lists(st.sampled_from(["short", "long"]), min_size=M, max_size=M))
+    bare = len(set(names)) == 1 and draw(st.booleans())
+    prompts, suffix = draw(st.just([""] * B) | st.lists(TEXT, min_size=B, max_size=B)), draw(TEXT)
+    each = {name: draw(st.tuples(LENGTHS, st.booleans(), st.integers(0, 4))) for name in CODECS}
+    begun, members, canvases = draw(st.integers(0, 3)) == 0, [], []
+    for name in names:
+        seed, codec, (lengths, two_ends, pad_id) = draw(SEED), CODECS[name], each[name]
+        mask_id, ids = len(codec.pieces), [codec.encode(text) for text in prompts]
+        eos_id = (mask_id + 1, mask_id + 2) if two_ends else mask_id + 1
+        fake = Fake(seed, mask_id + 2 + two_ends, mask_id, mask_id + 1)
+        members.append(Member(fake, mask_id, eos_id, f"{name} {seed}", None if bare else codec))
+        c = Canvas.blank(ids, codec.encode(suffix), *lengths, mask_id=mask_id, pad_id=pad_id)
+        if begun:
+            given = torch.rand(c.masked.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+            c.tokens[given & c.masked], c.masked = seed % 4, c.masked & ~given
+        canvases.append(c)
+    config = Config(
+        interval=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 99])), block_size=draw(st.integers(1, 6)),
+        score=draw(st.sampled_from(ALL_SCORES)), cross_model=draw(st.booleans()), normalize=draw(st.booleans()),
+        selection=draw(st.sampled_from(tie.SELECTIONS)), best_model=draw(st.integers(0, M - 1)),
+        answer_window=draw(st.none() | st.integers(1, 4)), **draw(st.sampled_from(QUOTAS)),
+    )  # fmt: skip
+    return Problem(members, canvases, config)
+
+
+def values(means: list) -> torch.Tensor:
+    return torch.tensor([float(mean.value) for mean in means])
+
+
+def blocks(canvas: Canvas, size: int) -> torch.Tensor:
+    """(L,) the number of each position's block, -1 for what is fixed."""
+    number = torch.full(canvas.tokens.shape[1:], -1)
+    for k, block in enumerate(reference.blocks(canvas.reasoning, canvas.answer, size)):
+        number[block.start : block.stop] = k
+    return number
+
+
+def holds(canvas: Canvas, b: int, state: reference.State) -> bool:
+    """What stands under a mask is of no account."""
+    mine, committed = one_row(canvas, b), [token for token, hole in zip(state.tokens, state.masked) if not hole]
+    return mine.masked[0].tolist() == state.masked and mine.tokens[~mine.masked].tolist() == committed
+
+
+def agree(result: tie.Result, rows: list[reference.Row]) -> None:
+    assert result.forwards == sum(row.forwards for row in rows) / len(rows)
+    assert result.not_relayed == sum(row.not_relayed for row in rows)
+    for b, row in enumerate(rows):
+        n = len(row.leaders)
+        assert result.winner[b] == row.winner
+        assert result.leaders[:n, b].tolist() == row.leaders and (result.leaders[n:, b] == -1).all()
+        assert near(result.scores[:n, :, b], torch.tensor(row.scores).view(n, len(row.states)))
+        assert (result.scores[n:, :, b] == SILENT).all()
+        assert near(result.tcc[:, b], torch.tensor([float(count) for count in row.tcc]))
+        assert near(result.top1[:, b], torch.tensor(row.top1))
+        assert all(holds(candidate, b, state) for candidate, state in zip(result.candidates, row.states))
+
+
+class Rounds(RuleBasedStateMachine):
+    """Any move may follow any other; `self.runs` are the members at work, `self.rows` the same by the reference."""
+
+    @initialize(problem=problems())
+    def begin(self, problem):
+        self.problem, self.given, self.rows = problem, deepcopy(problem.canvases), reference.rows(*problem)
+        watched = [replace(member, denoise=Watched(member.denoise)) for member in problem.members]
+        self.runs = [tie.Run(m, c, problem.config) for m, c in zip(watched, problem.canvases)]
+        self.relays, self.not_relayed = [], 0
+        with suppress(Unclear):
+            agree(tie.ensemble(*problem), reference.ensemble(*problem))
+
+    @precondition(lambda self: all(run.canvas.complete.all() for run in self.runs))
+    @rule(problem=problems())
+    def begin_anew(self, problem):
+        self.begin(problem)
+
+    @rule(n=STEPS)
+    def generate(self, n):
+        before, size = [run.canvas for run in self.runs], self.problem.config.block_size
+        try:
+            steps = max(row.generate(n) for row in self.rows)
+        except Unclear:
+            reject()
+        assert tie.generate(self.runs, replace(self.problem.config, interval=n)) == steps
+        for old, new in zip(before, [run.canvas for run in self.runs]):
+            assert not (new.masked & ~old.masked).any()  # what is committed stays
+            assert torch.equal(new.tokens[~old.masked], old.tokens[~old.masked])
+            latest = blocks(new, size).where(old.masked & ~new.masked, -1).amax(1, keepdim=True)
+            assert not (new.masked & (blocks(new, size) < latest)).any()  # blocks in order, answers last
+
+    def close_round(self):
+        self.scores, self.tops = map(torch.stack, zip(*[run.close_round() for run in self.runs]))  # (M, B)
+        closed = [row.close_round() for row in self.rows]
+        self.slow_scores, self.slow_tops = [scores for scores, _ in closed], [tops for _, tops in closed]
+        assert near(self.scores.T, torch.stack([values(scores) for scores in self.slow_scores]))
+        assert near(self.tops.T, torch.stack([values(tops) for tops in self.slow_tops]))
+        assert not any(run.history for run in self.runs)
+        result = tie.respond(self.runs, self.problem.config, self.relays, self.not_relayed)  # were this the end
+        for winner, row in zip(result.winner, self.rows):
+            row.winner = winner
+            with suppress(Unclear):
+                row.winner = row.select()
+        agree(result, self.rows)
+
+    @rule(n=STEPS, logit_score=LOGIT_SCORE, cross_model=st.booleans())
+    def elect(self, n, logit_score, cross_model):
+        self.one_round(n, logit_score, cross_model, lambda elected, b: elected)
+
+    @rule(n=STEPS, logit_score=LOGIT_SCORE, cross_model=st.booleans(), leaders=st.tuples(*[st.integers(-1, 3)] * 3))
+    def appoint(self, n, logit_score, cross_model, leaders):
+        """Whoever was elected; -1 is nobody."""
+        self.one_round(n, logit_score, cross_model, lambda elected, b: min(leaders[b], len(self.runs) - 1))
+
+    def one_round(self, n, logit_score, cross_model, appointed):
+        """No relay in rows that a member has completed."""
+        self.generate(n)
+        self.close_round()
+        ended = torch.stack([run.canvas.complete for run in self.runs]).any(0)
+        if ended.all():
+            return
+        heard, going_on, before = [], (~ended).nonzero().flatten().tolist(), [run.canvas for run in self.runs]
+        if logit_score:
+            config = replace(self.problem.config, score=logit_score, cross_model=cross_model)
+            self.scores, heard = tie.assess(self.runs, config, ended)
+        leaders = tie.lead(self.scores, self.tops).masked_fill(ended, -1)
+        for b in going_on:
+            row, scores = self.rows[b], self.slow_scores[b]
+            if logit_score:
+                scores = row.assess(logit_score, cross_model)
+                assert near(self.scores[:, b], values(scores))
+            with suppress(Unclear):
+                assert leaders[b] == reference.leader(scores, self.slow_tops[b])
+            leaders[b] = appointed(int(leaders[b]), b)
+            row.relay(int(leaders[b]), scores)
+        self.not_relayed += tie.relay(self.runs, leaders, heard)
+        self.relays.append((leaders, self.scores.masked_fill(ended, SILENT)))
+        for r, run in enumerate(self.runs):
+            for b, m in enumerate(leaders.tolist()):
+                sent = before[m if m >= 0 else r]
+                if m < 0 or self.runs[m].member.codec is run.member.codec:  # bit for bit
+                    assert torch.equal(run.canvas.tokens[b], sent.tokens[b])
+                    assert torch.equal(run.canvas.masked[b], sent.masked[b])
+
+    @invariant()
+    def every_state_is_the_references(self):
+        for b, row in enumerate(self.rows):
+            for run, slow in zip(self.runs, row.trajectories):
+                assert holds(run.canvas, b, slow.state)
+                assert run.forwards[b] == slow.forwards and run.compared[b] == slow.compared
+                assert near(run.tcc[b].float(), torch.tensor(float(slow.tcc)))
+                assert near(run.top1[b], torch.tensor(float(slow.top1.value)))
+
+    @invariant()
+    def fixed_positions_and_the_canvases_given_are_never_touched(self):
+        for run, canvas, given in zip(self.runs, self.problem.canvases, self.given):
+            fixed = blocks(given, 1) < 0
+            assert torch.equal(run.canvas.tokens[:, fixed], given.tokens[:, fixed])
+            assert torch.equal(canvas.tokens, given.tokens) and torch.equal(canvas.masked, given.masked)
+
+    @invariant()
+    def a_row_alone_is_forwarded_as_often_as_counted(self):
+        for run in self.runs if len(self.rows) == 1 else []:
+            assert len(run.member.denoise.calls) == run.forwards[0] + (run.ahead is not None)
+
+
+TestRounds = Rounds.TestCase
+TestRounds.settings = settings(stateful_step_count=15)
