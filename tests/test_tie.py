@@ -488,6 +488,31 @@ def test_probabilities_are_float32_whatever_the_model_gives(seed):
     assert all(torch.equal(value, exact[name]) for name, value in tie.confidence(logits, counted).items())
 
 
+def test_ties_go_to_the_surer_member_and_then_to_the_lower_index():
+    scores = torch.tensor([[1.0, 1.0, 3.0], [1.0, 1.0, 2.0], [0.0, 1.0, 1.0]])
+    top1 = torch.tensor([[0.2, 0.5, 0.1], [0.4, 0.5, 0.9], [0.9, 0.3, 0.9]])
+    assert tie.lead(scores, top1).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("selection, winner", [("lowest_tcc", [1, 1, 1]), ("best_model", [2] * 3), ("most_selected", [0, 1, 1])])
+def test_each_selection_and_what_most_selected_falls_back_on(selection, winner):
+    scores = torch.tensor([[-2.0] * 3, [-1.0] * 3, [-3.0] * 3])
+    leaders = torch.tensor([[0, 0, -1], [0, 2, -1], [1, -1, -1]])  # two leads against one; one each; none
+    assert tie.select(Config(selection=selection, best_model=2), scores, scores, leaders).tolist() == winner
+
+
+def test_steps_with_nothing_to_read_are_left_out_of_the_history():
+    top1 = torch.tensor([[0.5, 0.3], [-math.inf, -math.inf], [0.7, -math.inf]])
+    assert tie.top1_history(top1).tolist() == pytest.approx([0.6, 0.3])
+    assert tie.top1_history(top1[1:2]).tolist() == [-math.inf] * 2
+
+
+def test_rows_are_complete_one_by_one():
+    canvas = deepcopy(small([1]).canvases[0])
+    canvas.masked[1] = False
+    assert canvas.complete.tolist() == [False, True]
+
+
 def test_the_defaults_are_the_papers():
     assert Config() == Config(16, 16, "token_change_count", True, True, 1, None, None, "lowest_tcc", 0)
     assert Member(None, 0, 1) == Member(None, 0, 1, "", None) and str(Member(None, 0, 1)) == "a member"
