@@ -117,7 +117,8 @@ def test_interrupted_it_goes_on_to_the_same_end(program, sent, moment, undisturb
         shutil.rmtree(tmp_path / "out")
     code, err = ended
     assert code == (130 if sent == signal.SIGINT else -sent)
-    assert err.count("\n") == (sent == signal.SIGINT), err
+    if sent == signal.SIGINT:  # after SIGKILL Python's own resource tracker may have something to say
+        assert err.count("\n") == 1, err
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     main = {"eval": evaluation.main, "train_toy": train_toy.main}[program]
