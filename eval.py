@@ -80,6 +80,7 @@ class Setup:
     grade: Callable[[Question, str], tuple[str, bool]]  # question, text of the answer region -> answer, right?
 
 
+@torch.inference_mode()  # beside tie's own no_grad: a few per cent faster
 def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[Record]:
     """Decode one batch and grade every candidate; one record a question."""
     result = tie.ensemble(setup.members, setup.canvases(questions), config)

@@ -139,7 +139,8 @@ class Block(nn.Module):
         if self.kv_heads < self.heads:
             k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
-            x, y, cos, sin = (z.take_along_dim(chosen[:, :, None], 1) for z in (x, y, cos, sin))  # (B, K, D)
+            rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
+            x, y, cos, sin = (z.expand(len(x), -1, -1)[rows, chosen] for z in (x, y, cos, sin))  # (B, K, D)
         q = rearrange(rotate(self.q(y), cos, sin, self.size), "b k (h e) -> b h k e", h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (B, H, K, E), scale 1 / sqrt(E)
         x = x + self.o(rearrange(y, "b h k e -> b k (h e)"))
