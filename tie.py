@@ -155,11 +155,11 @@ class Reading(NamedTuple):
 
 def block_ends(canvas: Canvas, block_size: int) -> Tensor:
     """(L,) the end of each position's block; reasoning and answer blocks each count from the start of their region."""
-    ends = torch.zeros(canvas.tokens.shape[1], dtype=torch.int64)
+    ends = torch.zeros_like(canvas.tokens[0])
     for region in (canvas.reasoning, canvas.answer):
-        offset = torch.arange(region.stop - region.start)
+        offset = torch.arange(region.stop - region.start, device=ends.device)
         ends[region] = (region.start + (offset // block_size + 1) * block_size).clamp(max=region.stop)
-    return ends.to(canvas.tokens.device)
+    return ends
 
 
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ def commit(canvas: Canvas, reading: Reading, config: Config) -> Canvas:
 # --- trajectory assessment: the four scores (Sec. 4.2) ----------------------------------------------------
 
 
-def step_changes(top1_tokens: Tensor, counted: Tensor, normalize: bool = True) -> Tensor:
+def step_changes(top1_tokens: Tensor, counted: Tensor, normalize: bool) -> Tensor:
     """(n - 1, B) the inner sum of Eq. 5, or of Eq. 7 when normalised; arguments as `token_change_count`.
 
     In float64, so that equal sums of fractions compare as equal: ties are frequent, and have a rule of their own.
@@ -432,6 +432,8 @@ def relay(runs: list[Run], leader: Tensor, heard: list[tuple[Views, list[Reading
         missed += int((~fits[source, rows]).sum())
         if heard:
             run.ahead = Reading(*(torch.stack(part)[source, rows] for part in zip(*heard[r][1])))
+            # A text that leaves the receiver no masks has cost its forward, which no step is going to count.
+            run.forwards = run.forwards + ((leader.to(rows) >= 0) & ~run.ahead.open.any(1))
     return missed
 
 
@@ -551,9 +553,8 @@ def translate(
     if rows is not None and not rows.any():
         return canvas, torch.zeros_like(rows, device=canvas.tokens.device)
     new, open_ = canvas.tokens.tolist(), canvas.masked.tolist()
-    wanted = torch.ones(len(new), dtype=torch.bool) if rows is None else rows
     fits = []
-    for b, want in enumerate(wanted.tolist()):
+    for b, want in enumerate([True] * len(new) if rows is None else rows.tolist()):
         state = [None if hole else token for token, hole in zip(tokens[b].tolist(), masked[b].tolist())] if want else []
         pairs = [(canvas.reasoning, reasoning), (canvas.answer, answer)]
         told = [retell(state[theirs], sender, receiver, own.stop - own.start) for own, theirs in pairs]

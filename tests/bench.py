@@ -245,7 +245,7 @@ def peak_memory(shape: str, device: str, way: str, batch: int, length: int) -> f
 
 
 def needed_logits(bench: Bench, batch: int = 1, length: int = 512) -> None:
-    """b. The bars hold for softmax in float32; LLaDA's public sampler makes it in float64."""
+    """b. The bars hold for softmax in float32, as LLaDA's public sampler makes it; Fast-dLLM's makes it in float64."""
     for shape in (shape for shape in bench.shapes if shape != "toy"):
         jobs = one_step(bench.case(shape, 1, M=1)[0][0], bench.device, batch, length)
         for job in jobs.values():

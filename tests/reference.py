@@ -172,7 +172,7 @@ class Row:
 
     def __init__(self, members: list[tie.Member], states: list[State], config: tie.Config):
         self.trajectories = [Trajectory(member, state, config) for member, state in zip(members, states)]
-        self.config, self.ended, self.not_relayed = config, False, 0
+        self.config, self.ended, self.not_relayed, self.ahead = config, False, 0, False
         self.leaders: list[int] = []
         self.scores: list[list[float]] = []
 
@@ -217,6 +217,7 @@ class Row:
             scores.append(average(means))
         for trajectory in self.trajectories:  # of M * M forwards the leader's M serve the next step too
             trajectory.forwards += len(self.trajectories) - 1 if cross_model else 1
+        self.ahead = cross_model
         return scores
 
     def relay(self, leader: int, scores: list[Mean]) -> None:
@@ -228,6 +229,8 @@ class Row:
             self.not_relayed += states.count(None)
             for receiver, state in zip(self.trajectories, states):
                 receiver.state = receiver.state if state is None else state
+                receiver.forwards += self.ahead and not any(receiver.state.masked)  # made, with no step to serve
+        self.ahead = False
 
     def select(self) -> int:
         config, leads = self.config, [self.leaders.count(m) for m in range(len(self.trajectories))]

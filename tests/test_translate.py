@@ -198,15 +198,19 @@ def test_mixed_ensembles_end_and_hand_over_what_translate_gives(kinds, lengths, 
 
 
 def test_members_that_take_each_others_progress_away_end_too():
-    def stubborn(codec):  # half a character at every position, and surest when five positions are left
+    def stubborn(codec):  # half a character at every position, and surest after one step
         me, half = member(codec), codec.tokenizer.token_to_id(SHOWN[-1])
         logits = torch.eye(codec.size + 3)[half] * torch.tensor([[1.0], [9.0]])
-        five = lambda x: ((x == me.mask_id).sum(1) == 5).long()
-        return replace(me, denoise=lambda x, p, _: logits[five(x)][:, None].expand(*p.shape, -1))
+        one = lambda x: ((x == me.mask_id).sum(1) == 5 - (x[:, -1] == me.eos_ids[0]).long()).long()
+        return replace(me, denoise=lambda x, p, _: logits[one(x)][:, None].expand(*p.shape, -1))
 
     members, config = [stubborn(SHORT), stubborn(LONG)], Config(interval=1, score="top1_probability", cross_model=False)
-    result = tie.ensemble(members, [canvas_for(m, 0, 6) for m in members], config)
-    assert result.leaders[:, 0].tolist() == ([0, 1] * 6)[:11] and all(canvas.complete.all() for canvas in result.candidates)
+    canvases = [canvas_for(m, 0, 6) for m in members]
+    for me, canvas in zip(members, canvases):  # the second row has five positions of six left
+        canvas.tokens[1, -1], canvas.masked[1, -1] = me.eos_ids[0], False
+    result = tie.ensemble(members, canvases, config)
+    assert all(canvas.complete.all() for canvas in result.candidates)
+    assert result.leaders.T.tolist() == [[0, 1] * 5 + [0], [0, 1] * 4 + [0, -1, -1]]  # twice the steps of one alone
 
 
 def test_a_reader_that_cannot_hold_a_text_has_no_say_in_its_score():
