@@ -197,6 +197,17 @@ def test_mixed_ensembles_end_and_hand_over_what_translate_gives(kinds, lengths, 
     assert all(torch.equal(a.tokens[~a.masked], b.tokens[~a.masked]) for a, b in zip(canvases, result.candidates))
 
 
+def test_only_what_a_leader_hands_over_is_told(monkeypatch):
+    members, asked = [member(LONG, 1), member(SHORT, 2), member(SHORT, 3)], []
+    monkeypatch.setattr(tie, "retell", lambda ids, *pair: asked.append((ids[:1], *pair[:2])))
+    runs = [tie.Run(m, canvas_for(m, 2, 3), Config()) for m in members]
+    for run in runs:
+        run.canvas.tokens[0], run.canvas.tokens[1], run.canvas.masked[:] = 7, 8, False
+    assert tie.relay(runs, torch.tensor([-1, 0]), []) == 2
+    said = [x for x in asked if x[0]]  # each region once
+    assert said[::2] == said[1::2] == [([8], members[0], receiver) for receiver in members[1:]]
+
+
 def test_members_that_take_each_others_progress_away_end_too():
     def stubborn(codec):  # half a character at every position, and surest after one step
         me, half = member(codec), codec.tokenizer.token_to_id(SHOWN[-1])
