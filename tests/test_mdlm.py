@@ -199,8 +199,10 @@ def test_every_layer_is_used_once_and_in_order_and_every_norm_has_the_epsilon(la
 def test_every_tensor_is_made_on_the_device_of_the_tokens(shift):
     model, tokens = build(replace(TOY, shift=shift)), draw(0, 2, 5)
     real, generator = tokens >= 0, torch.Generator().manual_seed(0)
-    with torch.device("meta"):  # what names no device lands there, and no sum of the two is possible
-        assert model(tokens).device == model(tokens, tokens % 5, real).device == tokens.device
+    calls = [(tokens,), (tokens, tokens % 5, real)]
+    expected = [model(*call) for call in calls]
+    with torch.device("meta"):  # what names no device lands there, with no sum of the two possible, and no values
+        assert all(torch.equal(model(*call), logits) for call, logits in zip(calls, expected))
         assert mdlm.diffusion_loss(model, tokens, real, generator) > 0
 
 
@@ -336,7 +338,7 @@ def test_loss_trains():
 # --- folders ------------------------------------------------------------------------------------
 
 
-@given(config=configs, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(config=configs, dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
 def test_save_and_load_give_the_model_back_bit_for_bit(tmp_path_factory, config, dtype):
     folder = tmp_path_factory.mktemp("saved") / "new"
     model = build(config).to(dtype).train()
@@ -445,6 +447,7 @@ def sharded(then):
     return lambda folder: (shard(folder, 2), then(folder))
 
 
+HEAD = "lm_head.weight"
 BAD_FOLDERS = [
     ("llada", remove("config.json"), "config.json: missing or damaged"),
     ("llada", write("config.json", "{"), "config.json: missing or damaged"),
@@ -491,8 +494,9 @@ BAD_FOLDERS = [
     ("dream", cut("model.safetensors", 70_000), "model.safetensors: missing or damaged"),
     ("dream", cut("model.safetensors", 5), "model.safetensors: missing or damaged"),
     ("dream", write("model.safetensors", "x" * 99), "model.safetensors: missing or damaged"),
-    ("dream", tensors(lambda s: s.pop("lm_head.weight")), "tensor lm_head.weight is in none of its files"),
+    ("dream", tensors(lambda s: s.pop(HEAD)), f"tensor {HEAD} is in none of its files"),
     ("dream", tensors(lambda s: s.update(extra=torch.ones(1))), "unexpected tensor extra"),
+    ("dream", tensors(lambda s: s.update({HEAD: s[HEAD].to(torch.int8)})), f"{HEAD} holds I8, not floating-point"),
     ("dream", sharded(remove("model-00002-of-00002.safetensors")), "model-00002-of-00002.safetensors: missing"),
     ("dream", sharded(cut("model-00001-of-00002.safetensors", 9_000)), "model-00001-of-00002.safetensors: missing or dam"),
     ("dream", sharded(write("model.safetensors.index.json", "{}")), "'weight_map' does not map tensors to files"),
