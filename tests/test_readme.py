@@ -27,9 +27,10 @@ def test_there_is_a_snippet():
 
 
 def test_every_file_and_test_option_it_names_exists():
-    eval_py = (ROOT / "eval.py").read_text(encoding="utf-8") + (ROOT / "train_toy.py").read_text(encoding="utf-8")
+    programs = ("eval.py", "train_toy.py", "tests/bench.py")
+    commands = "".join((ROOT / name).read_text(encoding="utf-8") for name in programs)
     for option in sorted(set(re.findall(r"`[^`\n]*?(--[a-z-]+)", README)) - {"--help", "--nproc-per-node"}):
-        assert f'"{option}"' in eval_py or option.lstrip("-").replace("-", "_") in eval_py, option
+        assert f'"{option}"' in commands or option.lstrip("-").replace("-", "_") in commands, option
     for name in re.findall(r"`(tie|mdlm|train_toy)\.([A-Za-z_]+)`", README):
         source = (ROOT / f"{name[0]}.py").read_text(encoding="utf-8")
         assert name[1] == "py" or re.search(rf"\b{name[1]}\b", source), name
