@@ -7,10 +7,11 @@ Glossary: name here -> symbol, equation or section of the paper
     members, M             constituent models, m = 1..M
     interval, n            ensemble interval: steps that every model decodes alone between two relays (Sec. 4.1)
     Canvas                 T_m, a trajectory: the partly denoised sequence prompt | reasoning | suffix | answer
-    counted                A_m^(t), the answer-relevant positions of model m at step t (App. A.4)
-    token_change_count     C(n), Eq. 5; normalised C~(n), Eq. 7; its negative is the score of Eq. 6
+    counted, in read       A_m^(t), the answer-relevant positions of model m at step t (App. A.4)
+    token_change_count     C(n), Eq. 5; normalised C~(n), Eq. 7; their inner sums in step_changes
+    Run.close_round        the negative of C(n) or C~(n), the score of Eq. 6
     confidence             f(T_m; m'), the three scores read from the logits of one model m' (Sec. 4.2)
-    cross_model            the mean of f(T_m; m') over the models m', Eq. 8; off: m' = m (Table 9)
+    assess, cross_model    the mean of f(T_m; m') over the models m', Eq. 8; off: m' = m (Table 9)
     lead, leader           m*, the argmax of the scores, Eq. 9
     relay                  every model's state becomes T_{m*}, Eq. 10
     select                 the final response (Sec. 4.4, App. D, Table 10)
