@@ -206,6 +206,13 @@ def test_every_tensor_is_made_on_the_device_of_the_tokens(shift):
         assert mdlm.diffusion_loss(model, tokens, real, generator) > 0
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_forward_never_waits_for_its_device(shift):
+    model, tokens = build(replace(TOY, shift=shift)).to("meta"), draw(0, 2, 5).to("meta")  # no value can be asked for
+    assert model(tokens).shape == (2, 5, TOY.vocab_size) == model(tokens, None, tokens >= 0).shape
+    assert model(tokens, tokens[:, :3], tokens >= 0).shape == (2, 3, TOY.vocab_size)
+
+
 # --- golden: what the official modelling code gives ---------------------------------------------
 
 
