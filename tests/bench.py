@@ -8,6 +8,7 @@ a fixed number of tokens a step, the time does not depend on them.
     c  each score over plain decoding by each member, and the count of forwards, which must be exact
     d  M members over M times one member
     e  relay between equal and between different vocabularies, microseconds a row
+    f  TIE with the members' forwards through torch.compile, over the same without
 
 Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 4. The others have 128 positions (prompt 32,
 reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the last 17 tokens: a round, a relay, a
@@ -326,9 +327,26 @@ def relays(bench: Bench, batch: int = 64) -> None:
         bench.show(f"e  batch {batch}: relay between {kind} vocabularies, us a row", row)
 
 
+def compiled(bench: Bench) -> None:
+    """f. Two members, the toy at batch 16, the others at batch 1; one graph for all lengths, made before the clock."""
+    for shape in bench.shapes:
+        members, *rest = bench.case(shape, 16 if shape == "toy" else 1, short=True)
+        graphs = [replace(m, denoise=torch.compile(m.denoise, fullgraph=True, dynamic=True)) for m in members]
+        try:
+            for kind in (members, graphs):
+                tie.ensemble(kind, *rest)
+        except RuntimeError as error:
+            print(f"f  left out, torch.compile fails here: {str(error).splitlines()[0]}", file=sys.stderr)
+            return
+        times = bench.interleave({"as is": partial(tie.ensemble, members, *rest),
+                                  "compiled": partial(tie.ensemble, graphs, *rest)})  # fmt: skip
+        what = f"f  {shape}, batch {len(rest[0][0].tokens)}: with torch.compile / without"
+        bench.show(what, over(times["compiled"], times["as is"]), note=bench.note(times["compiled"]))
+
+
 # --- command line -----------------------------------------------------------------------------------------
 
-PARTS = {"a": own_work, "b": needed_logits, "c": scores, "d": more_members, "e": relays}
+PARTS = {"a": own_work, "b": needed_logits, "c": scores, "d": more_members, "e": relays, "f": compiled}
 
 
 def natural(text: str) -> int:

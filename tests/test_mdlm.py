@@ -213,6 +213,15 @@ def test_a_forward_never_waits_for_its_device(shift):
     assert model(tokens, tokens[:, :3], tokens >= 0).shape == (2, 3, TOY.vocab_size)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_model_is_one_graph_for_torch_compile(shift):
+    model = build(replace(TOY, shift=shift))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for tokens in (draw(0, 2, 5), draw(0, 3, 9)):
+        for inputs in ((tokens,), (tokens, tokens[:, :4] % 5, tokens > 0)):
+            assert torch.equal(compiled(*inputs), model(*inputs))
+
+
 # --- golden: what the official modelling code gives ---------------------------------------------
 
 
