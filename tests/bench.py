@@ -13,7 +13,7 @@ a fixed number of tokens a step, the time does not depend on them.
 Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 4. The others have 128 positions (prompt 32,
 reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the last 17 tokens: a round, a relay, a
 step. On a CPU, a and d make only their last 2 steps, with n = 1: a relay at every second step, not every 16th.
-Not part of the test suite. On 2 cores the default takes about five minutes and 5 GB.
+Not part of the test suite. On 2 cores the default takes about eight minutes and 6 GB.
 
 Example: python tests/bench.py --only a c --repeats 7
 """
