@@ -34,7 +34,7 @@ from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(tokens (B, L) int64, positions (B, K) int64, attention_mask (B, L) bool or None) -> logits (B, K, V), unshifted:
-logits[b, k] is the distribution of the token AT positions[b, k]. Any float dtype, any device."""
+logits[b, k] is the distribution of the token AT positions[b, k]. Any float dtype, on the device of the tokens."""
 
 SCORES = ("token_change_count", "top1_probability", "negative_entropy", "probability_margin")
 OWN_SCORES = ("top1_history",)  # not in the paper
@@ -46,7 +46,8 @@ SILENT = float("-inf")  # score of a trajectory that says nothing about its answ
 
 
 class Codec(Protocol):
-    """A vocabulary. `decode` gives bytes, since one token may hold part of a character."""
+    """A vocabulary. `decode` gives bytes, since one token may hold part of a character, and of several tokens the
+    bytes of each in turn."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> bytes: ...
@@ -54,7 +55,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One constituent model. Members with the same codec, or none, share a vocabulary."""
+    """One constituent model. Members with the same codec (one object), or all with none, share a vocabulary."""
 
     denoise: Denoiser
     mask_id: int
@@ -78,7 +79,7 @@ class Config:
     block_size: int = 16  # W, of semi-autoregressive decoding
     score: str = "token_change_count"  # one of SCORES or OWN_SCORES
     cross_model: bool = True  # logit scores: mean over all models (Eq. 8), or the source model alone
-    normalize: bool = True  # token change count: Eq. 7, or Eq. 5
+    normalize: bool = True  # token change count: Eq. 7, or Eq. 5, in the final selection too (our decision)
     top_k: int = 1  # tokens committed a step,
     threshold: float | None = None  # or tau: every token of the block above it, at least one (Sec. 5.3)
     answer_window: int | None = None  # 8 for code: read only the first 8 masked answer positions
@@ -144,7 +145,7 @@ class Canvas:
 class Reading(NamedTuple):
     """One forward of one model on one canvas, reduced to what the algorithm keeps."""
 
-    positions: Tensor  # (B, W) int64, a window that ends with the current block of each row
+    positions: Tensor  # (B, W) int64, a window around the current block of each row
     open: Tensor  # (B, W) bool, its positions that may be committed
     token: Tensor  # (B, W) int64, their top-1
     probability: Tensor  # (B, W) float32, its probability
@@ -152,6 +153,7 @@ class Reading(NamedTuple):
     counted: Tensor  # (B, A) bool, A^(t)
     top1: Tensor  # (B,) float32, mean top-1 probability over A^(t)
     score: Tensor  # (B,) float32, the logit score of `config.score`; top1 where none was asked for
+    nan: Tensor  # (B,) bool, NaN at a position that may be committed or belongs to the answer window
 
 
 def block_ends(canvas: Canvas, block_size: int) -> Tensor:
@@ -164,10 +166,10 @@ def block_ends(canvas: Canvas, block_size: int) -> Tensor:
 
 
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """W positions (B, W) up to the end of each row's first block with a mask, and which of them may be committed.
+    """W positions (B, W) that hold each row's first block with a mask, and which of them may be committed.
 
-    Reasoning stands before the answer, so answers stay masked until the reasoning is done (Sec. 4.1). What the window
-    holds before the block is committed already; in a row without masks nothing is open.
+    Reasoning stands before the answer, so answers stay masked until the reasoning is done (Sec. 4.1). The window ends
+    with the block, or begins the row where there is no room for that; in a row without masks nothing is open.
     """
     end = ends[canvas.masked.int().argmax(1)][:, None]  # (B, 1)
     width = min(block_size, canvas.tokens.shape[1])
@@ -205,6 +207,7 @@ def read(member: Member, canvas: Canvas, ends: Tensor, config: Config, scored: b
     value_of = LOGIT_SCORES[config.score] if scored else None
     probability, token, value = predict(logits, member.mask_id, value_of)  # (B, K)
     counted = masked.gather(1, window)  # (B, w)
+    nan = (probability.isnan() & torch.cat([open_, counted], 1)).any(1)  # (B,)
     answer_top1 = torch.where(counted, token[:, W:], tokens.gather(1, window))  # (B, w)
     for eos in member.eos_ids:
         counted = counted & (answer_top1 != eos)
@@ -213,7 +216,7 @@ def read(member: Member, canvas: Canvas, ends: Tensor, config: Config, scored: b
         positions=block, open=open_, token=token[:, :W], probability=probability[:, :W],
         answer_top1=tokens.scatter(1, window, answer_top1),
         counted=torch.zeros_like(masked).scatter(1, window, counted),
-        top1=top1, score=mean_over(value[:, W:], counted),
+        top1=top1, score=mean_over(value[:, W:], counted), nan=nan,
     )  # fmt: skip
 
 
@@ -383,7 +386,7 @@ Views = tuple[Tensor, Tensor, Tensor]  # of S senders: tokens (S, B, L), masked 
 
 def views(receiver: Run, senders: list[Run], rows: Tensor) -> Views:
     """The senders' states as the receiver would hold them, wanted for `rows` (S, B); where a text does not fit, the
-    receiver's own state. In one vocabulary a state is a plain copy of ids."""
+    receiver's own state. In one vocabulary a state is a plain copy of ids; prompt and suffix are the receiver's own."""
     parts = []
     for sender, wanted in zip(senders, rows):
         seen, fits = sender.canvas, torch.ones_like(wanted)
@@ -392,7 +395,7 @@ def views(receiver: Run, senders: list[Run], rows: Tensor) -> Views:
             seen, fits = translate(*state, sender.member, receiver.member, receiver.canvas, wanted)
         parts.append((seen.tokens, seen.masked, fits))
     tokens, masked, fits = (stack_on(receiver.canvas.tokens.device, part) for part in zip(*parts))
-    return tokens, masked, fits
+    return torch.where(receiver.ends > 0, tokens, receiver.canvas.tokens), masked, fits
 
 
 def assess(runs: list[Run], config: Config, ended: Tensor) -> tuple[Tensor, list[tuple[Views, list[Reading]]]]:
@@ -401,16 +404,17 @@ def assess(runs: list[Run], config: Config, ended: Tensor) -> tuple[Tensor, list
     The forwards of the leader's state are every model's first of the next round, so that a round costs M * (M - 1)
     more; M more when each model reads its own state alone, since the others' next forward is then still to be made.
     """
+    sources = [runs if config.cross_model else [run] for run in runs]
+    received = [views(run, senders, ~ended.expand(len(senders), -1)) for run, senders in zip(runs, sources)]
     heard, f = [], []
-    for run in runs:
-        senders = runs if config.cross_model else [run]
-        seen = views(run, senders, ~ended.expand(len(senders), -1))
+    for run, seen in zip(runs, received):
         states = [replace(run.canvas, tokens=tokens, masked=masked) for tokens, masked, _ in zip(*seen)]
         readings = [read(run.member, state, run.ends, config, scored=True) for state in states]
-        _check_nan(run.member, readings)
         run.forwards = run.forwards + (~ended).to(run.forwards) * (len(runs) - 1 if config.cross_model else 1)
         heard.append((seen, readings))
         f.append(torch.stack([reading.score for reading in readings]).masked_fill(~seen[2], SILENT))  # f(T_m; m')
+    for run, (_, readings) in zip(runs, heard):  # after all forwards, which members on different devices make at once
+        _check_nan(run.member, readings)
     scores = stack_on(ended.device, f)  # (M models m', M trajectories, B)
     if not config.cross_model:
         return scores.squeeze(1), []
@@ -449,7 +453,7 @@ class Result:
     winner: Tensor  # (B,) int64, index of the selected candidate
     leaders: Tensor  # (rounds, B) int64
     scores: Tensor  # (rounds, M, B) float32, -inf where a trajectory said nothing, or the row had ended
-    tcc: Tensor  # (M, B) float32, C~ over the whole decoding
+    tcc: Tensor  # (M, B) float32, C~ over the whole decoding; C without `normalize`
     top1: Tensor  # (M, B) float32, mean top-1 probability at each model's most recent step with a non-empty A
     forwards: float  # sequences forwarded per row, all members together
     not_relayed: int  # (row, receiver) pairs that kept their own state
@@ -495,7 +499,7 @@ def ensemble(
     `on_round` is called after every n steps, before the relay, with {"round", "step", "tokens" and "masked" (lists of
     M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed}.
 
-    Raises ValueError on members, canvases and settings that do not fit together, and on NaN logits.
+    Raises ValueError on members, canvases and settings that do not fit together, and on NaN among the logits it uses.
     """
     _check(members, canvases, config)
     runs = [Run(member, canvas, config) for member, canvas in zip(members, canvases)]
@@ -617,9 +621,10 @@ def _check(members: Sequence[Member], canvases: Sequence[Canvas], config: Config
     """ValueError, before any forward, on members and canvases that do not fit together."""
     if len(members) == 0 or len(canvases) != len(members):
         raise ValueError(f"{len(members)} members, {len(canvases)} canvases: give at least one member, a canvas each")
-    if not 0 <= config.best_model < len(members):
+    if config.best_model not in range(len(members)):
         raise ValueError(f"best_model {config.best_model} names no member: there are {len(members)}")
     for member, canvas in zip(members, canvases):
+        _check_ids(member)
         _check_canvas(member, canvas)
         for other, theirs in zip(members, canvases):
             alike = str(canvas.reasoning) == str(theirs.reasoning) and str(canvas.answer) == str(theirs.answer)
@@ -629,6 +634,13 @@ def _check(members: Sequence[Member], canvases: Sequence[Canvas], config: Config
                 raise ValueError(f"only one of {member} and {other} has a codec: give one to all members, or to none")
             if member.codec is other.codec and not (alike and canvas.tokens.shape == theirs.tokens.shape):
                 raise ValueError(f"{member} and {other} share a vocabulary: give their canvases the same layout")
+
+
+def _check_ids(member: Member) -> None:
+    ids = (member.mask_id, *member.eos_ids)
+    if len(ids) < 2 or not all(hasattr(i, "__index__") for i in ids) or member.mask_id in member.eos_ids:
+        given = f"not {member.mask_id!r} and {member.eos_id!r}"
+        raise ValueError(f"{member}: mask_id must be an id, eos_id another or a tuple of others, {given}")
 
 
 def _check_canvas(member: Member, canvas: Canvas) -> None:
@@ -655,5 +667,5 @@ def _check_logits(member: Member, logits: Tensor, positions: Tensor) -> None:
 
 
 def _check_nan(member: Member, readings: list[Reading]) -> None:
-    if torch.stack([reading.probability for reading in readings]).isnan().any():
+    if torch.stack([reading.nan for reading in readings]).any():
         raise ValueError(f"{member} gave NaN logits: check its weights and its dtype")

@@ -282,11 +282,12 @@ def ensemble(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.
 
 
 def told(sender: Trajectory, receiver: Trajectory) -> State | None:
-    """The sender's state as the receiver would hold it; None if its text does not fit."""
-    if sender.member.codec is receiver.member.codec:
-        return deepcopy(sender.state)
+    """The sender's state as the receiver would hold it, behind its own prompt; None if its text does not fit."""
     state = deepcopy(receiver.state)
     for own, theirs in ((state.reasoning, sender.state.reasoning), (state.answer, sender.state.answer)):
+        if sender.member.codec is receiver.member.codec:
+            state.tokens[own], state.masked[own] = sender.state.tokens[theirs], sender.state.masked[theirs]
+            continue
         pairs = zip(sender.state.tokens[theirs], sender.state.masked[theirs])
         ids = retell([None if hole else token for token, hole in pairs], sender.member, receiver.member, own)
         if ids is None:
