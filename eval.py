@@ -130,6 +130,10 @@ class Records:
                     record = json.loads(line)
                     for key, kind in FIELDS.items():
                         _is(kind, record[key])
+                    if record["winner"] not in range(len(record["correct"])):
+                        raise ValueError("no such candidate")
+                    for right in record["correct"]:
+                        _is(bool, right)
                     records[record["id"]] = record
                 except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(f"{path}, line {number}, is no record: move the file away to start anew") from None
@@ -200,7 +204,8 @@ def accuracy(correct: Iterable[bool]) -> dict:
     right = np.array(list(correct), dtype=float)
     n, p, z = len(right), right.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"accuracy": float(p), "ci95": [float((centre + side * half) / (1 + z * z / n)) for side in (-1, 1)]}
+    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return {"accuracy": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))]}  # rounding may step outside
 
 
 def paired(name: str, correct: Iterable[bool], reference: Iterable[bool]) -> dict:
@@ -1522,7 +1527,7 @@ def run_toy(args: argparse.Namespace) -> None:
     problems = tuple(train_toy.problems("test", args.trace or args.problems, seed=args.problem_seed))
     tables = []
     for own, training in zip(runs, trainings):
-        trained = train_toy.train_members(train_toy.plan_members(training, len(names)), toy_folder(own))
+        trained = train_toy.train_members(train_toy.plan_members(training, len(names)), toy_folder(own), "cpu")
         job = ToyJob(str(toy_folder(own)), names, config, problems, dtype=args.dtype)
         if args.trace:
             show_trace(replace(job, factors=args.overconfident))
@@ -1540,7 +1545,7 @@ def paper_run(args: argparse.Namespace, job: ToyJob, settings: train_toy.Setting
     """The tables that were asked for, with the rows of the main table that they decode; draws the figures."""
     best = validation.index(max(validation))
     pair = job.names[best], job.names[1 - best]
-    train_toy.train_members(own_plan(args.table, settings, *pair), job.folder)
+    train_toy.train_members(own_plan(args.table, settings, *pair), job.folder, "cpu")
     factors = {"9": args.overconfident or ((job.names[-1], 4.0),)}
     if "unequal" in args.table:
         factors["unequal"] = tuple(calibrated(job, name) for name in (pair[0], f"{pair[1]}-weak"))
@@ -1615,7 +1620,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 8 on the toy; 16)")
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
-    add("--selection", default="lowest_tcc", choices=tie.SELECTIONS, help="final response (default: %(default)s)")
+    add("--selection", default="lowest_tcc", choices=tie.SELECTIONS,
+        help="final response; best_model takes the first member, Table 10 the best (default: %(default)s)")  # fmt: skip
     add("--score", default="token_change_count", choices=tie.SCORES + tie.OWN_SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")

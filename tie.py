@@ -92,10 +92,12 @@ class Config:
             unset = name == "answer_window" and value is None
             if not unset and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not unset and value >= 2**31:
+                raise ValueError(f"{name} must be below 2**31, not {value!r}")
         for name, choices in (("score", SCORES + OWN_SCORES), ("selection", SELECTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
+        if self.threshold is not None and not (isinstance(self.threshold, (int, float)) and 0 < self.threshold <= 1):
             raise ValueError(f"threshold must lie in (0, 1], not {self.threshold!r}")
         if self.threshold is not None and self.top_k != 1:
             raise ValueError("threshold and top_k exclude each other: give one of them")
@@ -227,10 +229,12 @@ def predict(
     position (B, K), by default the top-1 probability again.
 
     The mask token is never predicted, so that decoding always ends (our decision). All is done for a few positions at
-    a time: what fits a processor's cache takes half as long as a copy of all logits.
+    a time: what fits a processor's cache takes half as long as a copy of all logits, and an accelerator's memory is
+    spared a copy in float32.
     """
+    at_once = 2**20 if logits.device.type == "cpu" else 2**24  # numbers; an accelerator wants few launches
     parts = []
-    for part in logits.flatten(0, 1).split(max(1, 2**20 // logits.shape[-1])):
+    for part in logits.flatten(0, 1).split(max(1, at_once // logits.shape[-1])):
         part = part.clone()  # (b, V), b of the B * K positions; the denoiser keeps its own
         part[:, mask_id] = float("-inf")
         p = part.softmax(-1, dtype=torch.float32)  # (b, V)
@@ -289,7 +293,8 @@ def top1_history(top1: Tensor) -> Tensor:
 def confidence(logits: Tensor, counted: Tensor) -> dict[str, Tensor]:
     """The three logit scores, each (B,): means over A^(t), entropy in nats; -inf where A^(t) is empty.
 
-    logits (B, A, V) at the answer positions; counted (B, A) bool, A^(t). Higher is more reliable.
+    logits (B, A, V) at the answer positions, with -inf for the mask token where it is not to count; counted (B, A)
+    bool, A^(t). Higher is more reliable.
     """
     p = logits.softmax(-1, dtype=torch.float32)  # (B, A, V)
     return {name: mean_over(value_of(p), counted) for name, value_of in LOGIT_SCORES.items()}
@@ -493,8 +498,9 @@ def ensemble(
     """TIE: decode the same questions with all members, one canvas each on its member's device, relaying every n steps.
 
     Rows are independent: each has its own leader and its own end, and decodes as it would alone. Once any member has
-    completed a row, that row is relayed no more: the others finish it alone, and all M stand for selection. n >= T is
-    the post-generation ensemble (Table 3), M = 1 plain decoding. The canvases given are not changed.
+    completed a row, or the row has taken twice the steps of a member alone, it is relayed no more: the others finish
+    it alone, and all M stand for selection. n >= T is the post-generation ensemble (Table 3), M = 1 plain decoding.
+    The canvases given are not changed.
 
     `on_round` is called after every n steps, before the relay, with {"round", "step", "tokens" and "masked" (lists of
     M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed}.
@@ -504,7 +510,7 @@ def ensemble(
     _check(members, canvases, config)
     runs = [Run(member, canvas, config) for member, canvas in zip(members, canvases)]
     home = canvases[0].tokens.device
-    # A relay between vocabularies can give masks back: none after twice the steps of a member alone, so that it ends.
+    # A relay between vocabularies can give masks back, for ever without this limit (our decision).
     limit = 2 * stack_on(home, [steps_left(run.canvas, run.ends, config.top_k) for run in runs]).amax(0)  # (B,)
     ended = torch.zeros_like(limit, dtype=torch.bool)  # (B,) no more relays
     relays: list[tuple[Tensor, Tensor]] = []  # leader (B,), scores (M, B)
@@ -594,6 +600,8 @@ def retell(ids: list[int | None], sender: Member, receiver: Member, length: int)
 def texts(ids: list[int], codec: Codec) -> list[str | None]:
     """The text of committed tokens in pieces, with None for each token that holds a byte of a broken character."""
     pieces = [codec.decode([i]) for i in ids]
+    if not all(isinstance(piece, bytes) for piece in pieces):
+        raise ValueError(f"a codec's decode must give bytes, not {type(pieces[0]).__name__}")
     text = b"".join(pieces).decode(errors="surrogateescape")  # a broken byte becomes a lone surrogate
     flags: list[bool] = []  # of each byte: is it broken?
     for character in text:
@@ -660,8 +668,10 @@ def _check_canvas(member: Member, canvas: Canvas) -> None:
 
 def _check_logits(member: Member, logits: Tensor, positions: Tensor) -> None:
     shape = tuple(positions.shape)
-    if logits.dim() != 3 or tuple(logits.shape[:2]) != shape or not logits.is_floating_point():
-        raise ValueError(f"{member} must give float logits {(*shape, 'V')}, not {tuple(logits.shape)} {logits.dtype}")
+    right = isinstance(logits, Tensor) and logits.dim() == 3 and tuple(logits.shape[:2]) == shape
+    if not (right and logits.is_floating_point()):
+        given = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{member} must give float logits {(*shape, 'V')}, not {given}")
     if not 0 <= member.mask_id < logits.shape[2]:
         raise ValueError(f"{member}: mask_id {member.mask_id} lies outside its vocabulary of {logits.shape[2]}")
 

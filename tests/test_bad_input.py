@@ -85,6 +85,13 @@ def record(line: bytes, missing: int = 0) -> Callable[[Path], object]:
     return damage
 
 
+def line(**changes) -> bytes:
+    """A record whose fields have the right types, but for the changes."""
+    fields = {"id": "1234*5=", "gold": "6170", "answers": ["6170"] * 2, "correct": [True] * 2, "texts": [], "winner": 0,
+              "leaders": [], "tcc": [0.0] * 2, "forwards": 76.0, "scores": [], "top1": [0.9] * 2}  # fmt: skip
+    return json.dumps({**fields, **changes}).encode() + b"\n"
+
+
 def full_disk(name: str, room: int, damage: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], object]:
     """No file can grow beyond `room` bytes more than what is in the file called `name`."""
 
@@ -319,6 +326,8 @@ DAMAGED = [
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": ["1234*5="]}\n')),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": "1234*5=", \n')),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b"\x00\xff\n")),
+    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(winner=7))),
+    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(correct=["x", "y"]))),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(NESTED + b"\n")),
     (AGAIN, f"results/{TIE}", at("results", put(TIE, make=dir))),
     (AGAIN, f"cannot write results/{TIE} ... same command goes on", full_disk(f"results/{TIE}", 900, record(b"", 2))),

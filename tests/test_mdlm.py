@@ -213,6 +213,7 @@ def test_a_forward_never_waits_for_its_device(shift):
     assert model(tokens, tokens[:, :3], tokens >= 0).shape == (2, 3, TOY.vocab_size)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="torch.compile of 2.4 breaks off with dynamic shapes")
 @pytest.mark.parametrize("shift", [False, True])
 def test_the_model_is_one_graph_for_torch_compile(shift):
     model = build(replace(TOY, shift=shift))

@@ -475,9 +475,12 @@ class Softmaxes(TorchFunctionMode):
 def test_a_large_vocabulary_is_read_a_million_logits_at_a_time(vocab, rows):
     logits = torch.zeros(3, 1, vocab)
     logits[torch.arange(3), 0, torch.tensor([9, 7, 8])] = 30
+    with Softmaxes() as elsewhere:
+        tie.predict(torch.zeros(3, 3, vocab, device="meta"), 7, None)  # another device takes more at once
+    assert elsewhere.rows == ([9] if vocab < 2**21 else [8, 1])
     with Softmaxes() as seen:
         probability, token, value = tie.predict(logits.expand(3, 2, vocab), 7, None)
-    assert seen.rows == rows
+        assert seen.rows == rows
     assert token[[0, 2]].tolist() == [[9, 9], [8, 8]] and torch.equal(value, probability)
     assert probability[:, 0].tolist() == pytest.approx([1, 1 / (vocab - 1), 1], rel=1e-3)
 
@@ -556,8 +559,8 @@ def bad_inputs():
         return [m0, replace(m1, **changes)]
 
     settings = [{"score": "tcc"}, {"selection": "best"}, {"interval": 2.5}, {"threshold": 0.9, "top_k": 2}]
-    settings += [{"threshold": value} for value in (0.0, 1.01, math.nan)]
-    settings += [{name: 0} for name in ("interval", "block_size", "top_k", "answer_window")]
+    settings += [{"threshold": value} for value in (0.0, 1.01, math.nan, "0.9")]
+    settings += [{name: value} for name in ("interval", "block_size", "top_k", "answer_window") for value in (0, 2**31)]
     yield from ((".*".join(one), partial(Config, **one)) for one in settings)
     for message, prompts, lengths in (("decode", [[1]], (0, 0)), ("decode", [[1]], (-1, 2)), ("prompts", [], (2, 2))):
         yield message, partial(Canvas.blank, prompts, [], *lengths, mask_id=0, pad_id=1)
@@ -586,6 +589,7 @@ def bad_inputs():
         ("m1.*eos_id.*0 and 0", other(eos_id=0), [canvas] * 2, config),
         ("best_model 0.5", [m0, m1], [canvas] * 2, replace(config, best_model=0.5)),
         ("m1.*logits", other(denoise=nowhere), [canvas] * 2, config),
+        ("m1.*float logits.*NoneType", other(denoise=lambda *inputs: None), [canvas] * 2, config),
     ):
         yield message, partial(tie.ensemble, members, canvases, chosen)
 

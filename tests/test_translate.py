@@ -245,3 +245,13 @@ def test_equal_vocabularies_copy_ids_bit_for_bit(seeds, interval, logit_score):
     mine, theirs = tie.ensemble(members, canvases, config), tie.ensemble(bare, canvases, config)
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(mine.candidates, theirs.candidates))
     assert torch.equal(mine.leaders, theirs.leaders) and mine.not_relayed == 0
+
+
+def test_a_codec_that_decodes_to_text_is_named():
+    class Text:
+        def decode(self, ids):
+            return "a"
+
+    member = Member(None, 0, 1, codec=Text())
+    with pytest.raises(ValueError, match="decode must give bytes, not str"):
+        tie.retell([2], member, member, 4)
