@@ -346,7 +346,6 @@ def read_record(folder: Path, settings: Settings, name: str) -> dict | None:
         record = json.loads((folder / RECORD).read_text())
         same = record["settings"] == asdict(settings) and record["name"] == name
         same = same and 0 <= record["validation_accuracy"] <= 1
-        same = same and {"validation_problems", "mistakes", "seconds"} <= record.keys()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     files = all((folder / file).is_file() for file in ("model.safetensors", "config.json"))
