@@ -246,8 +246,8 @@ def peak_memory(shape: str, device: str, way: str, batch: int, length: int) -> f
 
 
 def needed_logits(bench: Bench, length: int = 512) -> None:
-    """b. The bars hold for softmax in float32, as LLaDA's public sampler makes it; Fast-dLLM's makes it in float64."""
-    bars = {"float32": ((3, math.inf), (5, math.inf)), "float64": (None, None)}
+    """b. The bars hold for softmax in float32, as LLaDA's public sampler makes it; Fast-dLLM's makes it in float64.
+    They are the wide model's on a CPU: the head is a smaller part of 8B models, on both sides."""
     for shape, batch in ((shape, batch) for shape in bench.shapes if shape != "toy" for batch in (1, 8)):
         jobs = one_step(bench.case(shape, 1, M=1)[0][0], bench.device, batch, length)
         if batch > 1:
@@ -260,13 +260,13 @@ def needed_logits(bench: Bench, length: int = 512) -> None:
         for way in jobs:
             with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
                 peak[way] = pool.submit(peak_memory, shape, bench.device, way, batch, length).result()
-        ours = shape == "wide" and bench.device == "cpu"  # of 8B models the head is a smaller part, on both sides
         for way in list(jobs)[1:]:
-            time_bar, memory_bar = bars[way] if ours else (None, None)
+            judged = way == "float32" and shape == "wide" and bench.device == "cpu"
             what = f"b  {shape}, length {length}, batch {batch}: {way} everywhere / needed"
-            bench.show(f"{what}, time", over(times[way], times["needed"]), time_bar, bench.note(times["needed"]))
+            bench.show(f"{what}, time", over(times[way], times["needed"]), (3, math.inf) if judged else None,
+                       bench.note(times["needed"]))  # fmt: skip
             note = f"{peak[way]:.0f} / {peak['needed']:.0f} MiB"
-            bench.show(f"{what}, memory", [peak[way] / peak["needed"]], memory_bar, note)
+            bench.show(f"{what}, memory", [peak[way] / peak["needed"]], (5, math.inf) if judged else None, note)
 
 
 def scores(bench: Bench) -> None:
