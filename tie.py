@@ -18,8 +18,8 @@ Glossary: name here -> symbol, equation or section of the paper
     translate              relay between different vocabularies, ours
 
 "Our decision" marks what the paper leaves open and we had to settle.
-Shapes: B rows (questions), L positions, W block size, A answer positions, w of them in the answer window, K = W + w
-positions read, V vocabulary, n steps.
+Shapes: B rows (questions), L positions, W of the block, A of the answer, w of these in the answer window, K = W + w
+that are read, V vocabulary, n steps.
 """
 
 from __future__ import annotations
@@ -72,10 +72,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one decoding; the defaults are the paper's for mathematics. ValueError on values that make no sense.
-
-    At most one of `top_k`, `threshold` and `commit` says which tokens a step commits; the most confident always is.
-    """
+    """Settings of one decoding; the defaults are the paper's for mathematics. At most one of `top_k`, `threshold` and
+    `commit` says which tokens a step commits. ValueError on values that make no sense."""
 
     interval: int = 16  # n; the paper has 32 elsewhere with token change count, which compares nothing at n = 1
     block_size: int = 16  # W, of semi-autoregressive decoding
@@ -90,32 +88,30 @@ class Config:
     best_model: int = 0  # the member that selection "best_model" names
 
     def __post_init__(self):
-        def whole(value: Any) -> bool:
-            return type(value) is int and 0 < value < 2**31
-
-        number, tau = "a whole number of at least 1, below 2**31", self.threshold
-        for name, good, wanted in (
-            *((name, whole(getattr(self, name)), number) for name in ("interval", "block_size", "top_k")),
-            ("answer_window", self.answer_window is None or whole(self.answer_window), f"None or {number}"),
-            ("best_model", type(self.best_model) is int and 0 <= self.best_model, "the index of a member"),
-            ("score", self.score in SCORES, f"one of {', '.join(SCORES)}"),
-            ("selection", self.selection in SELECTIONS, f"one of {', '.join(SELECTIONS)}"),
-            ("cross_model", type(self.cross_model) is bool, "True or False"),
-            ("normalize", type(self.normalize) is bool, "True or False"),
-            ("threshold", tau is None or (type(tau) in (int, float) and 0 < tau <= 1), "a number in (0, 1]"),
-            ("commit", self.commit is None or callable(self.commit), "a function of a Reading"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
-        if (self.top_k != 1) + (tau is not None) + (self.commit is not None) > 1:
+        for name in ("interval", "block_size", "top_k", "answer_window"):
+            value = getattr(self, name)
+            if not (type(value) is int and 0 < value < 2**31) and (name, value) != ("answer_window", None):
+                raise ValueError(f"{name} must be a whole number of at least 1, below 2**31, not {value!r}")
+        flags = {"cross_model": (True, False), "normalize": (True, False)}
+        for name, choices in {"score": SCORES, "selection": SELECTIONS, **flags}.items():
+            value = getattr(self, name)
+            if type(value) is not type(choices[0]) or value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        if self.threshold is not None and not (type(self.threshold) in (int, float) and 0 < self.threshold <= 1):
+            raise ValueError(f"threshold must be a number in (0, 1], not {self.threshold!r}")
+        if self.commit is not None and not callable(self.commit):
+            raise ValueError(f"commit must be a function of a Reading, not {self.commit!r}")
+        if (self.top_k != 1) + (self.threshold is not None) + (self.commit is not None) > 1:
             raise ValueError("top_k, threshold and commit exclude each other: give one of them")
 
     @property
     def rule(self) -> CommitRule | None:
-        """What a step commits beside the most confident token; None: nothing."""
-        if self.threshold is not None:
-            return above(self.threshold)
-        return most_confident(self.top_k) if self.top_k > 1 else self.commit
+        """What a step commits beside the most confident token; None: nothing. Threshold and top-k are of Sec. 5.3."""
+        if (tau := self.threshold) is not None:
+            return lambda reading: reading.confidence > tau
+        if self.top_k > 1:  # equal confidences go to the lower position (our decision)
+            return lambda reading: reading.confidence.argsort(descending=True, stable=True).argsort() < self.top_k
+        return self.commit
 
 
 @dataclass
@@ -135,35 +131,29 @@ class Canvas:
     ) -> Canvas:  # fmt: skip
         """Left-padded prompts, masked reasoning, suffix, masked answer. ValueError where there is nothing to decode."""
         _require(len(prompts) > 0, "no prompts: give at least one")
-        lengths = f"reasoning_length {reasoning_length}, answer_length {answer_length}"
-        _require(min(reasoning_length, answer_length) >= 0 < reasoning_length + answer_length, f"nothing to decode: {lengths}")
+        lengths = (reasoning_length, answer_length)
+        _require(min(lengths) >= 0 and any(lengths), f"nothing to decode: reasoning and answer have lengths {lengths}")
         width = max(map(len, prompts))
         region = [mask_id] * reasoning_length + list(suffix) + [mask_id] * answer_length
         rows = [[pad_id] * (width - len(prompt)) + list(prompt) + region for prompt in prompts]
-        try:
-            tokens = torch.tensor(rows, dtype=torch.int64, device=device)  # (B, L)
-        except (TypeError, ValueError):
-            raise ValueError("prompts and suffix must be lists of token ids: encode the texts first") from None
+        tokens = torch.tensor(rows, dtype=torch.int64, device=device)  # (B, L)
         reasoning = slice(width, width + reasoning_length)
         answer = slice(reasoning.stop + len(suffix), tokens.shape[1])
         masked = torch.zeros_like(tokens, dtype=torch.bool)  # (B, L)
         masked[:, reasoning] = masked[:, answer] = True
-        pads = torch.tensor([[width - len(prompt)] for prompt in prompts], device=device)  # (B, 1)
-        real = torch.arange(tokens.shape[1], device=device) >= pads  # (B, L)
-        return cls(tokens, masked, reasoning, answer, None if min(map(len, prompts)) == width else real)
+        real = [[False] * (width - len(prompt)) + [True] * (len(prompt) + len(region)) for prompt in prompts]
+        padded = min(map(len, prompts)) < width
+        return cls(tokens, masked, reasoning, answer, torch.tensor(real, device=device) if padded else None)
 
     @property
     def complete(self) -> Tensor:
-        """(B,) bool: nothing is left to decode."""
-        return ~self.masked.any(1)
+        return ~self.masked.any(1)  # (B,) bool, nothing is left to decode
 
 
 @dataclass
 class Result:
     """What `ensemble` gives. `leaders` and `scores` have one entry a relay; a row that ended earlier has leader -1.
-
-    An ensemble of one reads no answer tokens and relays nothing: its tcc is nan, its top1 -inf.
-    """
+    An ensemble of one reads no answer tokens and relays nothing: its tcc is nan, its top1 -inf."""
 
     candidates: list[Canvas]  # M, each in its member's vocabulary
     winner: Tensor  # (B,) int64, index of the selected candidate
@@ -188,22 +178,21 @@ def ensemble(
     Rows are independent: each has its own leader and its own end, and decodes as it would alone. Once any member has
     completed a row, or the row has taken twice the steps of a member alone, it is relayed no more: the others finish
     it alone, and all M stand for selection. n >= T is the post-generation ensemble (Table 3), M = 1 plain decoding.
-    The canvases given are not changed.
 
     `on_round` is called at the end of every round, before its relay, with copies: {"round", "step", "tokens" and
     "masked" (lists of M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed}. The last has no relay.
 
-    Raises ValueError on members, canvases and settings that do not fit together, on NaN among the logits that are
-    used, and on a codec that does not keep the text.
+    ValueError on what does not fit together, on NaN among the logits used, and on a codec that loses text.
     """
-    members, canvases = _check(members, canvases, config, on_round)
+    members, canvases = list(members), list(canvases)
+    _check(members, canvases, config)
     runs = [Run(m, *pair, config, alone=len(members) == 1) for m, pair in enumerate(zip(members, canvases))]
     device = canvases[0].tokens.device
     # A relay between vocabularies can give masks back, for ever without this limit (our decision).
-    limit = 2 * stack_on(device, [steps_left(run.canvas, run.block_ends, config.top_k) for run in runs]).amax(0)  # (B,)
-    ended = torch.full_like(limit, len(runs) == 1, dtype=torch.bool)  # (B,) no more relays
-    relays: list[tuple[Tensor, Tensor]] = []  # leader (B,), scores (M, B)
-    step = rounds = not_relayed = 0
+    limit = 2 * stack_on(device, [steps_left(run.canvas, run.block_ends, config.top_k) for run in runs]).amax(0)
+    ended = torch.full_like(limit, len(runs) == 1, dtype=torch.bool)  # (B,) no more relays, as at `limit` (B,) steps
+    leaders, all_scores = limit.new_zeros(0, len(limit)), torch.zeros(0, len(runs), len(limit), device=device)
+    step = not_relayed = 0
     while not all(bool(run.canvas.complete.all()) for run in runs):
         step += generate(runs)  # Sec. 4.1
         scores, top1 = (stack_on(device, part) for part in zip(*[run.score_round() for run in runs]))  # (M, B), Eq. 6
@@ -216,12 +205,12 @@ def ensemble(
         scores = scores.masked_fill(ended, UNSCORED)
         if on_round is not None:
             state = {name: [getattr(run.canvas, name).clone() for run in runs] for name in ("tokens", "masked")}
-            on_round({"round": rounds, "step": step, **state, "scores": scores.clone(), "leader": leader.clone()})
-        rounds += 1
+            rounds = {"round": (step - 1) // config.interval, "step": step}
+            on_round({**rounds, **state, "scores": scores.clone(), "leader": leader.clone()})
         if received:
-            relays.append((leader, scores))
+            leaders, all_scores = torch.cat([leaders, leader[None]]), torch.cat([all_scores, scores[None]])
             not_relayed += relay(runs, received, readings, leader)  # Eq. 10
-    return respond(runs, relays, not_relayed)  # Sec. 4.4
+    return respond(runs, leaders, all_scores, not_relayed)  # Sec. 4.4
 
 
 def decode(member: Member, canvas: Canvas, config: Config = Config()) -> Canvas:
@@ -241,7 +230,7 @@ class Reading(NamedTuple):
     positions: Tensor  # (B, W) int64, a window around the current block of each row
     masked: Tensor  # (B, W) bool, the masked positions of the block: only these may be committed
     token: Tensor  # (B, W) int64, their top-1
-    probability: Tensor  # (B, W) float32, its probability
+    confidence: Tensor  # (B, W) float32, its probability; -1 where nothing may be committed
     logits: Tensor  # (B, W, V) for a commit rule of the caller's own, while it is asked; (B, W, 0) otherwise
     answer_top1: Tensor  # (B, A) int64, top-1 at the answer positions, or the token itself once committed
     relevant: Tensor  # (B, A) bool, A^(t)
@@ -250,33 +239,17 @@ class Reading(NamedTuple):
     nan: Tensor  # (B,) bool, NaN at a position that may be committed or belongs to the answer window
 
     @property
-    def confidence(self) -> Tensor:
-        """(B, W) float32: `probability`, and -1 where nothing may be committed."""
-        return self.probability.masked_fill(~self.masked, -1)
-
-    @property
-    def entropy(self) -> Tensor:
-        """(B, W) float32, of the distribution at each position, in nats."""
+    def entropy(self) -> Tensor:  # (B, W) float32, of the whole distribution at each position, in nats
         return entropy(self.logits)
 
     @property
-    def margin(self) -> Tensor:
-        """(B, W) float32, the probability of the best token less that of the second best."""
+    def margin(self) -> Tensor:  # (B, W) float32, the best token's probability less that of the second best
         return margin(self.logits, self.mask_id)
 
 
 CommitRule = Callable[[Reading], Tensor]
 """A step's reading -> (B, W) bool, which of its masked positions to commit, beside the most confident of each row."""
-
-
-def most_confident(k: int) -> CommitRule:
-    """Top-k decoding (Sec. 5.3); equal confidences go to the lower position (our decision)."""
-    return lambda reading: reading.confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < k
-
-
-def above(threshold: float) -> CommitRule:
-    """Threshold decoding (Sec. 5.3)."""
-    return lambda reading: reading.probability > threshold
+Received = tuple[Canvas, Tensor]  # a sender's state as the receiver would hold it; fits (B,): False where it cannot
 
 
 class Run:
@@ -306,29 +279,31 @@ class Run:
         self.history.append(reading._replace(logits=reading.logits[:, :, :0]))
 
     def read(self, canvas: Canvas, scored: bool = False) -> Reading:
-        """Forward `canvas` through the member, with logits at the current block and the answer window only.
-
-        With `scored` the score is f(T; member), the logit score that the config names.
-        """
+        """Forward `canvas` through the member, with logits at the current block and the answer window only; `scored`:
+        with f(T; member), the logit score that the config names. The model gets copies, to write into as it likes."""
         block, masked = current_block(canvas, self.block_ends, self.config.block_size)  # (B, W)
         answer, undecided = canvas.tokens[:, canvas.answer], canvas.masked[:, canvas.answer]  # (B, A)
         # Our decision: the window takes the first masked answer positions, and EOS is left out afterwards.
         window = (~undecided).int().argsort(dim=1, stable=True)[:, : self.window]  # (B, w), masked positions first
-        logits = self.denoise(canvas, torch.cat([block, canvas.answer.start + window], 1))  # (B, K, V)
-        W, mask_id = block.shape[1], self.member.mask_id
+        positions = torch.cat([block, canvas.answer.start + window], 1)  # (B, K)
+        state = canvas.tokens.masked_fill(canvas.masked, self.member.mask_id)  # (B, L)
+        attention_mask = None if canvas.attention_mask is None else canvas.attention_mask.clone()
+        logits = self.member.denoise(state, positions, attention_mask)  # (B, K, V)
+        _check_logits(self.member, logits, (*block.shape[:1], positions.shape[1]), block.device)
+        self.vocab_size, W, mask_id = logits.shape[2], block.shape[1], self.member.mask_id
         probability, token = predict(logits, mask_id)  # (B, K)
         relevant = undecided.gather(1, window)  # (B, w)
         nan = (probability.isnan() & torch.cat([masked, relevant], 1)).any(1)  # (B,)
         answer_top1 = torch.where(relevant, token[:, W:], answer.gather(1, window))  # (B, w)
         for eos in self.member.eos_ids:
             relevant = relevant & (answer_top1 != eos)
-        top1 = score = mean_over(probability[:, W:], relevant)
+        top1 = score = mean_over(probability[:, W:], relevant)  # (B,)
         if scored:
-            f = LOGIT_SCORES[self.config.score]
-            score = mean_over(f(probability[:, W:], logits[:, W:], mask_id), relevant)
+            value = LOGIT_SCORES[self.config.score](probability[:, W:], logits[:, W:], mask_id)  # (B, w)
+            score = mean_over(value, relevant)
         return Reading(
             member=self.index, mask_id=mask_id,
-            positions=block, masked=masked, token=token[:, :W], probability=probability[:, :W],
+            positions=block, masked=masked, token=token[:, :W], confidence=probability[:, :W].masked_fill(~masked, -1),
             # A copy, since some models write the next logits into the same memory.
             logits=logits[:, :W].clone() if self.config.commit else logits[:, :W, :0],
             answer_top1=answer.scatter(1, window, answer_top1),
@@ -336,21 +311,16 @@ class Run:
             top1=top1, score=score, nan=nan,
         )  # fmt: skip
 
-    def denoise(self, canvas: Canvas, positions: Tensor) -> Tensor:
-        """Checked logits (B, K, V). The model gets copies: whatever it writes into them, nobody else sees it."""
-        state = canvas.tokens.masked_fill(canvas.masked, self.member.mask_id)  # (B, L)
-        attention_mask = None if canvas.attention_mask is None else canvas.attention_mask.clone()
-        logits = self.member.denoise(state, positions, attention_mask)  # (B, K, V)
-        _check_logits(self.member, logits, positions)
-        self.vocab_size = logits.shape[2]
-        return logits
+    def check_nan(self, readings: list[Reading]) -> None:
+        nan = torch.stack([reading.nan for reading in readings]).any()
+        _require(not nan, f"{self.member} gave NaN logits: check its weights and its dtype")
 
     def score_round(self) -> tuple[Tensor, Tensor]:
         """-C(n) or -C~(n), Eq. 6, and what breaks ties: the top-1 probability of the round's most recent step with a
         non-empty A. Both (B,); the counts over the whole decoding go on."""
         if not self.history:
             return torch.full_like(self.top1, UNSCORED), torch.full_like(self.top1, UNSCORED)
-        _check_nan(self.member, self.history)
+        self.check_nan(self.history)
         tokens = torch.stack([reading.answer_top1 for reading in self.history])  # (n, B, A)
         relevant = torch.stack([reading.relevant for reading in self.history])  # (n, B, A)
         at_work = torch.stack([reading.masked.any(1) for reading in self.history])  # (n, B)
@@ -367,10 +337,8 @@ class Run:
 
 def generate(runs: list[Run]) -> int:
     """Trajectory generation (Sec. 4.1): every model decodes alone for n steps, or to its end. Returns the steps made.
-
-    At a fixed number of tokens a step nothing in here waits for a device, so members on different devices overlap.
-    Otherwise the number of steps depends on the data: the host asks once a step which members still have masks.
-    """
+    With top_k nothing in here waits for a device, so members on different devices overlap. Otherwise the number of
+    steps depends on the data: the host asks once a step which members still have masks."""
     config = runs[0].config
     left = [int(steps_left(run.canvas, run.block_ends, config.top_k).max()) for run in runs]
     for step in range(config.interval):
@@ -385,50 +353,40 @@ def generate(runs: list[Run]) -> int:
 
 
 def predict(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
-    """Top-1 probability (B, K) float32 and token (B, K) int64 of logits (B, K, V).
-
-    The mask token is never predicted, so that decoding always ends; the probability is that of the whole softmax, mask
-    included, as in LLaDA's own sampler (our decisions).
-    """
-
-    def top1(part: Tensor) -> tuple[Tensor, Tensor]:  # of (b, V)
+    """Top-1 probability (B, K) float32 and token (B, K) int64 of logits (B, K, V). Our decisions: the mask token is
+    never predicted, so that decoding always ends; the probability is that of the whole softmax, mask included, as in
+    LLaDA's own sampler."""
+    probability, token = [], []  # (b, 1)
+    for part in in_parts(logits):
         others = part.clone()
         others[:, mask_id] = -torch.inf
-        token = others.argmax(-1, keepdim=True)  # (b, 1), by logits: probabilities may round to the same number
-        return part.softmax(-1, dtype=torch.float32).gather(1, token).squeeze(1), token.squeeze(1)
-
-    probability, token = by_parts(top1, logits)
-    return probability, token
+        token.append(others.argmax(-1, keepdim=True))  # by logits: probabilities may round to the same number
+        probability.append(part.softmax(-1, dtype=torch.float32).gather(1, token[-1]))
+    return torch.cat(probability).view(logits.shape[:2]), torch.cat(token).view(logits.shape[:2])
 
 
-def by_parts(function: Callable[[Tensor], tuple[Tensor, ...]], logits: Tensor) -> list[Tensor]:
-    """What `function` makes of logits (b, V), for all of (B, K, V), each (B, K).
-
-    A few positions at a time: what fits a processor's cache takes half as long as a copy of all logits, and an
-    accelerator, which wants few launches, is spared a copy of them in float32."""
+def in_parts(logits: Tensor) -> Sequence[Tensor]:
+    """Logits (B, K, V) a few positions at a time, (b, V): what fits a processor's cache takes half as long as a copy of
+    all logits, and an accelerator, which wants few launches, is spared a copy of them in float32."""
     at_once = 2**20 if logits.device.type == "cpu" else 2**24  # numbers
-    parts = [function(part) for part in logits.flatten(0, 1).split(max(1, at_once // logits.shape[-1]))]
-    return [torch.cat(values).view(logits.shape[:2]) for values in zip(*parts)]
+    return logits.flatten(0, 1).split(max(1, at_once // logits.shape[-1]))
 
 
 def commit(canvas: Canvas, reading: Reading, config: Config) -> Canvas:
-    """Low-confidence remasking: unmask the most confident position of each row, and those that the rule adds.
-
-    Every step commits a token whatever the rule says, and none outside the masked positions of the block.
-    """
+    """Low-confidence remasking: unmask the most confident position of each row, and those that the rule adds. So every
+    step commits a token whatever the rule says, and none outside the masked positions of the block."""
     first = reading.confidence.argmax(1, keepdim=True)  # (B, 1), of equal confidences the lower position
     chosen = torch.zeros_like(reading.masked).scatter(1, first, True)  # (B, W)
     if config.rule is not None:
         added = config.rule(reading)
-        _check_added(added, chosen)
-        chosen = chosen | added
+        good = isinstance(added, Tensor) and added.dtype == torch.bool and added.shape == chosen.shape
+        _require(good, f"commit must give {tuple(chosen.shape)} bool, not {added!r:.60}")
+        chosen = chosen | added.to(chosen.device)
     chosen = chosen & reading.masked
     token = torch.where(chosen, reading.token, canvas.tokens.gather(1, reading.positions))
     masked = canvas.masked.gather(1, reading.positions) & ~chosen
-    return replace(
-        canvas, tokens=canvas.tokens.scatter(1, reading.positions, token),
-        masked=canvas.masked.scatter(1, reading.positions, masked),
-    )  # fmt: skip
+    tokens = canvas.tokens.scatter(1, reading.positions, token)  # (B, L)
+    return replace(canvas, tokens=tokens, masked=canvas.masked.scatter(1, reading.positions, masked))
 
 
 def block_ends(canvas: Canvas, block_size: int) -> Tensor:
@@ -441,11 +399,8 @@ def block_ends(canvas: Canvas, block_size: int) -> Tensor:
 
 
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """W positions (B, W) that hold each row's first block with a mask, and which of them are its masks.
-
-    Reasoning stands before the answer, so answers stay masked until the reasoning is done (Sec. 4.1). The window ends
-    with the block, or begins the row where there is no room for that.
-    """
+    """W positions (B, W) that hold each row's first block with a mask, so reasoning before the answer (Sec. 4.1), and
+    which of them are its masks. The window ends with the block, or begins the row where there is no room for that."""
     end = ends[canvas.masked.int().argmax(1)][:, None]  # (B, 1)
     width = min(block_size, canvas.tokens.shape[1])
     positions = (end - width).clamp(min=0) + torch.arange(width, device=end.device)  # (B, W)
@@ -467,27 +422,26 @@ def token_change_count(top1_tokens: Tensor, relevant: Tensor, normalize: bool = 
 
     top1_tokens (n, B, A) int64: top-1 at each step, or the token itself once committed, which is no change;
     relevant (n, B, A) bool: A^(t). n steps give n - 1 comparisons; a step with an empty A^(t) adds nothing. In float64,
-    so that equal sums of fractions compare as equal: ties are frequent, and have a rule of their own.
-    """
+    so that equal sums of fractions compare as equal: ties are frequent, and have a rule of their own."""
     changes = ((top1_tokens[1:] != top1_tokens[:-1]) & relevant[:-1]).sum(-1).double()  # (n - 1, B)
     return (changes / relevant[:-1].sum(-1).clamp(min=1) if normalize else changes).sum(0)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """(B, K) float32, in nats, of logits (B, K, V)."""
-    return by_parts(lambda part: (torch.special.entr(part.softmax(-1, dtype=torch.float32)).sum(-1),), logits)[0]
+    values = [torch.special.entr(part.softmax(-1, dtype=torch.float32)).sum(-1) for part in in_parts(logits)]  # (b,)
+    return torch.cat(values).view(logits.shape[:2])
 
 
 def margin(logits: Tensor, mask_id: int) -> Tensor:
     """(B, K) float32, the probability of the best token less that of the second best, the mask token left out."""
-
-    def of(part: Tensor) -> tuple[Tensor]:  # (b, V)
+    values = []
+    for part in in_parts(logits):
         p = part.softmax(-1, dtype=torch.float32)
         p[:, mask_id] = 0
         first, second = p.topk(2).values.unbind(-1)  # (b,)
-        return (first - second,)
-
-    return by_parts(of, logits)[0]
+        values.append(first - second)
+    return torch.cat(values).view(logits.shape[:2])
 
 
 LOGIT_SCORES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {  # f at each position (B, K), higher is surer, of
@@ -503,31 +457,24 @@ def mean_over(values: Tensor, counted: Tensor, dim: int = -1) -> Tensor:
     return mean.masked_fill(~counted.any(dim), UNSCORED)
 
 
-def assess(
-    runs: list[Run], received: list[list[tuple[Canvas, Tensor]]], ended: Tensor
-) -> tuple[Tensor, list[list[Reading]]]:
-    """Scores (M, B) of all trajectories by a logit score, Eq. 8, and the readings behind them: readings[r][m] is of
-    the state of member m, as r would receive it, by model r.
-
+def assess(runs: list[Run], received: list[list[Received]], ended: Tensor) -> tuple[Tensor, list[list[Reading]]]:
+    """Scores (M, B) of all trajectories by a logit score, Eq. 8, and readings[r][m], by model r of m's state.
     The forwards of the leader's state are every model's first of the next round, so that a round costs M * (M - 1)
-    more; M more when each model reads its own state alone, since the others' next forward is then still to be made.
-    """
+    more; M more when each model reads its own state alone, since the others' next forward is then still to be made."""
     f, readings, cross_model = [], [], runs[0].config.cross_model
     for r, run in enumerate(runs):
         states = received[r] if cross_model else received[r][r : r + 1]
         readings.append([run.read(canvas, scored=True) for canvas, _ in states])
-        pairs = zip(readings[r], states)
-        f.append(torch.stack([reading.score.masked_fill(~fits, UNSCORED) for reading, (_, fits) in pairs]))  # f(T_m; m')
-        # A row that has ended needs none of these but its own next step.
-        own = (~run.canvas.complete & cross_model).long()  # (B,)
+        scores = [reading.score.masked_fill(~fits, UNSCORED) for reading, (_, fits) in zip(readings[r], states)]
+        f.append(torch.stack(scores))  # (M trajectories m, B), f(T_m; m')
+        own = (~run.canvas.complete & cross_model).long()  # (B,) what a row that has ended needs: its own next step
         run.forwards = run.forwards + torch.where(ended.to(own.device), own, len(states))
     for run, theirs in zip(runs, readings):  # after all forwards, which members on different devices make at once
-        _check_nan(run.member, theirs)
-    scores = stack_on(ended.device, f)  # (M models m', M trajectories m, B)
+        run.check_nan(theirs)
+    cross = stack_on(ended.device, f)  # (M models m', M trajectories m, B)
     if not cross_model:
-        return scores.squeeze(1), []
-    # Our decision: Eq. 8 averages over the models whose A is not empty on the trajectory.
-    return mean_over(scores, scores > UNSCORED, dim=0), readings
+        cross, readings = cross.transpose(0, 1), []  # (1, M, B), of each trajectory the source model alone
+    return mean_over(cross, cross > UNSCORED, dim=0), readings  # our decision: over the models whose A is not empty
 
 
 def lead(scores: Tensor, top1: Tensor) -> Tensor:
@@ -540,15 +487,13 @@ def lead(scores: Tensor, top1: Tensor) -> Tensor:
 
 # --- trajectory relay (Sec. 4.3) and final response (Sec. 4.4, App. D) ------------------------------------
 
-
-def receive(receiver: Run, sender: Run) -> tuple[Canvas, Tensor]:
-    """The sender's state as the receiver would hold it, and fits (B,): False where it cannot, and keeps its own."""
+def receive(receiver: Run, sender: Run) -> Received:
+    """The sender's state in the receiver's vocabulary. Where it does not fit, the receiver keeps its own."""
     own, sent = receiver.canvas, sender.canvas
     if sender.member.codec is not receiver.member.codec:
         return translate(sent, sender.member, own, receiver.member, receiver.vocab_size)
-    sizes = f"{receiver.vocab_size} and {sender.vocab_size}"
-    same = receiver.vocab_size == sender.vocab_size
-    _require(same, f"{receiver.member} and {sender.member} give logits over {sizes} tokens: give each a codec of its own")
+    names, sizes = f"{receiver.member} and {sender.member}", (receiver.vocab_size, sender.vocab_size)
+    _require(sizes[0] == sizes[1], f"{names} give logits over {sizes[0]} and {sizes[1]} tokens: give each its codec")
     tokens = own.tokens.clone()
     for region in (own.reasoning, own.answer):  # prompt and suffix stay the receiver's
         tokens[:, region] = sent.tokens[:, region].to(tokens.device)
@@ -556,13 +501,9 @@ def receive(receiver: Run, sender: Run) -> tuple[Canvas, Tensor]:
     return replace(own, tokens=tokens, masked=masked), torch.ones_like(masked[:, 0])
 
 
-def relay(
-    runs: list[Run], received: list[list[tuple[Canvas, Tensor]]], readings: list[list[Reading]], leader: Tensor
-) -> int:
-    """Eq. 10: each model's state becomes that of the row's leader (B,), and so does its reading of it, if it has one;
-    where there is no leader, -1, a model keeps its own.
-
-    Returns the number of (row, receiver) pairs whose receiver kept its own state, since the text did not fit it."""
+def relay(runs: list[Run], received: list[list[Received]], readings: list[list[Reading]], leader: Tensor) -> int:
+    """Eq. 10: each model's state becomes that of the row's leader (B,), with its reading of it, if there is one; where
+    the leader is -1 it stays. Returns the number of (row, receiver) pairs that kept their own, for want of room."""
     not_relayed = 0
     for r, run in enumerate(runs):
         source = torch.where(leader < 0, r, leader).to(run.forwards.device)  # (B,)
@@ -585,26 +526,20 @@ def row_by_row(parts: Sequence[tuple[Tensor, ...]], source: Tensor) -> list[Tens
 
 def select(config: Config, scores: Tensor, top1: Tensor, leaders: Tensor) -> Tensor:
     """(B,) index of the final response: lowest C~ by scores = -C~ (M, B) and ties as `lead`; or as in Table 10.
-
     most_selected with equal numbers of leads, or no relay at all, falls back to the lowest C~ (our decision)."""
     lowest = lead(scores, top1)
-    if config.selection == "best_model":
-        return torch.full_like(lowest, config.best_model)
-    if config.selection == "lowest_tcc":
-        return lowest
     leads = torch.stack([(leaders == m).sum(0) for m in range(len(scores))])  # (M, B)
     most = leads == leads.amax(0)
-    return torch.where(most.sum(0) == 1, most.int().argmax(0), lowest)
+    most_selected = torch.where(most.sum(0) == 1, most.int().argmax(0), lowest)
+    best_model = torch.full_like(lowest, config.best_model)
+    return {"lowest_tcc": lowest, "best_model": best_model, "most_selected": most_selected}[config.selection]
 
 
-def respond(runs: list[Run], relays: list[tuple[Tensor, Tensor]], not_relayed: int) -> Result:
-    """The final response (Sec. 4.4) and the record of how it came about."""
-    device = runs[0].canvas.tokens.device
-    tcc, top1 = (stack_on(device, [getattr(run, name).float() for run in runs]) for name in ("tcc", "top1"))  # (M, B)
-    compared = stack_on(device, [run.compared for run in runs])  # (M, B)
-    leaders = torch.stack([leader for leader, _ in relays]) if relays else top1.new_zeros(0, len(top1[0])).long()
-    scores = torch.stack([score for _, score in relays]) if relays else top1.new_zeros(0, *top1.shape)
-    winner = select(runs[0].config, (-tcc).masked_fill(~compared, UNSCORED), top1, leaders)
+def respond(runs: list[Run], leaders: Tensor, scores: Tensor, not_relayed: int) -> Result:
+    """The final response (Sec. 4.4) and the record of how it came about, leaders (relays, B), scores (relays, M, B)."""
+    tcc, top1 = (stack_on(leaders.device, [getattr(run, x).float() for run in runs]) for x in ("tcc", "top1"))  # (M, B)
+    stability = (-tcc).masked_fill(~stack_on(leaders.device, [run.compared for run in runs]), UNSCORED)  # (M, B)
+    winner = select(runs[0].config, stability, top1, leaders)
     forwards = sum(float(run.forwards.sum()) for run in runs) / len(winner)
     return Result([run.canvas for run in runs], winner, leaders, scores, tcc, top1, forwards, not_relayed)
 
@@ -616,93 +551,74 @@ def stack_on(device: torch.device, parts: Sequence[Tensor]) -> Tensor:
 # --- relay between different vocabularies (our decision; the paper is silent) -------------------------------
 
 
-def translate(
-    sent: Canvas, sender: Member, own: Canvas, receiver: Member, vocab_size: int | None = None
-) -> tuple[Canvas, Tensor]:
+def translate(sent: Canvas, sender: Member, own: Canvas, receiver: Member, vocab_size: int | None = None) -> Received:
     """The sender's state, text with holes, in the receiver's vocabulary and layout; and fits (B,) bool.
-
     The receiver's prompt, suffix and region lengths stay. Committed text is kept exactly, masks keep their number and
     place between its runs, EOS becomes EOS. The end of a region stretches or shrinks to the receiver's length: by masks
     where the sender's ends in masks, by EOS where it is complete. A row whose text does not fit is the receiver's own.
-
-    ValueError where a codec is missing or does not keep the text; with the receiver's vocab_size, V, also where an id
-    lies beyond it.
+    ValueError where a codec is missing or loses text, or gives an id beyond the receiver's vocab_size V, if given.
     """
-    _require(None not in (sender.codec, receiver.codec), f"{sender} and {receiver} need codecs: their vocabularies differ")
+    _require(sender.codec and receiver.codec, f"{sender} and {receiver} need codecs: their vocabularies differ")
+    regions = ((sent.reasoning, own.reasoning), (sent.answer, own.answer))
     tokens, masked, fits = own.tokens.tolist(), own.masked.tolist(), []
-    regions = ((own.reasoning, sent.reasoning), (own.answer, sent.answer))
     for b, (ids, holes) in enumerate(zip(sent.tokens.tolist(), sent.masked.tolist())):
         state = [None if hole else i for i, hole in zip(ids, holes)]
-        new = [(to, translate_region(state[at], sender, receiver, to.stop - to.start, vocab_size)) for to, at in regions]
-        fits.append(all(region is not None for _, region in new))
-        for to, region in new if fits[b] else []:
-            tokens[b][to] = [receiver.mask_id if i is None else i for i in region or []]
-            masked[b][to] = [i is None for i in region or []]
-    device = own.tokens.device
-    translated = replace(own, tokens=torch.tensor(tokens, device=device), masked=torch.tensor(masked, device=device))
-    return translated, torch.tensor(fits, device=device)
+        new = [translate_region(state[at], sender, receiver, to.stop - to.start, vocab_size) for at, to in regions]
+        fits.append(None not in new)
+        for (_, to), region in zip(regions, new) if fits[b] else ():
+            tokens[b][to] = [receiver.mask_id if i is None else i for i in region or ()]
+            masked[b][to] = [i is None for i in region or ()]
+    new_tokens, new_masked, fit = (torch.tensor(x, device=own.tokens.device) for x in (tokens, masked, fits))
+    return replace(own, tokens=new_tokens, masked=new_masked), fit
 
 
 def translate_region(
     ids: list[int | None], sender: Member, receiver: Member, length: int, vocab_size: int | None
 ) -> list[int | None] | None:
     """One region of one row in the receiver's ids, None where masked; None altogether if its text does not fit."""
-    eos, new = receiver.eos_ids[0], list[int | None]()
-    for kind, run in groupby(ids, key=lambda i: "mask" if i is None else "eos" if i in sender.eos_ids else "text"):
-        if kind == "text":
-            for text in texts([i for i in run if i is not None], sender):
-                new += [None] if text is None else encode(text, receiver, vocab_size)
+    new: list[int | None] = []
+    for kind, run in groupby(spell(ids, sender), key=type):
+        if kind is bytes:
+            new += encode(b"".join(run).decode(), receiver, vocab_size)  # type: ignore[arg-type]
         else:
-            new += [None if kind == "mask" else eos for _ in run]
-    rest = eos if ids and ids[-1] is not None else None  # what the end of the region holds
+            new += [None if unit is None else receiver.eos_ids[0] for unit in run]
+    rest = None if not ids or ids[-1] is None else receiver.eos_ids[0]  # what the end of the region holds
     while new and new[-1] == rest:
         new.pop()
     return new + [rest] * (length - len(new)) if len(new) <= length else None
 
 
-def texts(ids: list[int], member: Member) -> list[str | None]:
-    """The text of a run of tokens, in pieces, with None for each token that holds a byte of no whole character."""
-    pieces: list[bytes | None] = [*token_bytes(ids, member)]
+def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
+    """The bytes of each token; None for a mask and for what holds a byte of no whole character; "EOS" for an EOS."""
+    codec: Any = member.codec
+    text = [i for i in ids if i is not None and i not in member.eos_ids]
+    pieces, whole = [codec.decode([i]) for i in text], codec.decode(text)
+    good = all(isinstance(piece, bytes) for piece in (whole, *pieces)) and b"".join(pieces) == whole
+    for i, piece in zip(text, pieces if good else ()):  # U+FFFD: half a character that was lost, or a token of its own
+        good = good and (b"\xef\xbf\xbd" not in piece or codec.encode(piece.decode(errors="replace")) == [i])
+    _require(good, f"{member}: its codec's decode must give the raw bytes of each token in turn, not {whole!r:.40}")
+    units = [None if i is None else "EOS" if i in member.eos_ids else pieces.pop(0) for i in ids]
     while True:
-        parted = [b" " if piece is None else piece for piece in pieces]  # a mask breaks what it stood in the middle of
+        parted = [unit if isinstance(unit, bytes) else b" " for unit in units]  # a new hole may break its neighbours
         try:
             b"".join(parted).decode()
-            break
+            return units
         except UnicodeDecodeError as error:
-            spans = zip(accumulate(map(len, parted), initial=0), accumulate(map(len, parted)))
-            broken = [error.start < end and start < error.end for start, end in spans]
-            pieces = [None if piece and hit else piece for piece, hit in zip(pieces, broken)]
-    found: list[str | None] = []
-    for masked, run in groupby(pieces, key=lambda piece: piece is None):
-        text = [piece or b"" for piece in run]
-        found += [None] * len(text) if masked else [b"".join(text).decode()]
-    return found
-
-
-def token_bytes(ids: list[int], member: Member) -> list[bytes]:
-    """The bytes of each token; ValueError where the codec does not give them as they are."""
-    codec: Any = member.codec
-    pieces, whole = [codec.decode([i]) for i in ids], codec.decode(ids)
-    good = all(isinstance(piece, bytes) for piece in (whole, *pieces))
-    _require(good, f"{member}: its codec's decode must give bytes, not {type(whole).__name__}")
-    # U+FFFD is what text has for half a character, unless it is a token of its own.
-    lost = [piece for piece in pieces if b"\xef\xbf\xbd" in piece]
-    good = b"".join(pieces) == whole and all([i] == codec.encode(p.decode()) for i, p in zip(ids, pieces) if p in lost)
-    _require(good, f"{member}: its codec's decode must give each token's raw bytes")
-    return pieces
+            ends = list(accumulate(map(len, parted)))
+            hits = [error.start < end and end - len(part) < error.end and part for part, end in zip(parted, ends)]
+            units = [None if hit else unit for hit, unit in zip(hits, units)]
 
 
 def encode(text: str, member: Member, vocab_size: int | None) -> list[int]:
     """Ids of exactly this text; ValueError where the codec adds to it or loses of it."""
-    ids = member.codec.encode(text) if text else []  # type: ignore[union-attr]
-    good = isinstance(ids, list) and all(type(i) is int for i in ids)
-    _require(good, f"{member}: its codec's encode must give a list of ids, not {ids!r:.40}")
-    for i in ids:
-        good = i not in (member.mask_id, *member.eos_ids) and 0 <= i < (vocab_size or i + 1)
-        _require(good, f"{member}: its codec's encode must give no mask, EOS or id beyond the vocabulary, as {i}")
-    pieces = token_bytes(ids, member)
-    good = b"".join(pieces) == text.encode() and all(pieces)
-    _require(good, f"{member}: its codec must neither add to a text nor lose of it, as of {text!r:.40}")
+    codec: Any = member.codec
+    ids, special = codec.encode(text) if text else [], {member.mask_id, *member.eos_ids}
+    good = isinstance(ids, list) and all(type(i) is int and 0 <= i < (vocab_size or i + 1) for i in ids)
+    good = good and not special & set(ids)
+    _require(good, f"{member}: its codec's encode must give a list of ids, no mask, EOS or id beyond, not {ids!r:.40}")
+    pieces = [codec.decode([i]) for i in ids]
+    good = all(pieces) and b"".join(pieces) == text.encode()
+    _require(good, f"{member}: its codec's encode must neither add to a text nor lose of it, as of {text!r:.40}")
     return ids
 
 
@@ -714,78 +630,50 @@ def _require(good: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def _check(
-    members: Iterable[Member], canvases: Iterable[Canvas], config: Config, on_round: Any
-) -> tuple[list[Member], list[Canvas]]:
-    """Both as lists. ValueError, before any forward, on what does not fit together."""
-    listed = isinstance(members, Iterable) and isinstance(canvases, Iterable)
-    _require(listed, "members and canvases must be lists, one canvas a member")
-    members, canvases = list(members), list(canvases)
+def _check(members: list[Member], canvases: list[Canvas], config: Config) -> None:
+    """ValueError, before any forward, on what does not fit together."""
+    M, C = len(members), len(canvases)
     _require(isinstance(config, Config), f"config must be a tie.Config, not {type(config).__name__}")
-    _require(on_round is None or callable(on_round), f"on_round must be a function, not {type(on_round).__name__}")
-    counts = f"{len(members)} members, {len(canvases)} canvases"
-    _require(0 < len(members) == len(canvases), f"{counts}: give at least one member, a canvas each")
-    _require(config.best_model < len(members), f"best_model {config.best_model} names no member: there are {len(members)}")
+    _require(0 < M == C, f"{M} members, {C} canvases: give at least one member, a canvas each")
+    best = config.best_model
+    _require(type(best) is int and 0 <= best < M, f"best_model {best!r} names no member: give the index of one of {M}")
     for member, canvas in zip(members, canvases):
-        _check_member(member)
+        _require(isinstance(member, Member) and callable(member.denoise), f"{member} is no tie.Member with a function")
+        ids, given = (member.mask_id, *member.eos_ids), f"not {member.mask_id!r} and {member.eos_id!r}"
+        good = len(ids) > 1 and all(hasattr(i, "__index__") for i in ids) and member.mask_id not in member.eos_ids
+        _require(good, f"{member}: mask_id must be an id, eos_id another or a tuple of others, {given}")
         _check_canvas(member, canvas)
     for (a, x), (b, y) in combinations(zip(members, canvases), 2):
         _require(len(x.tokens) == len(y.tokens), f"{a} and {b} have canvases of different batch sizes: give equal ones")
-        one = (a.codec is None) != (b.codec is None)
-        _require(not one, f"only one of {a} and {b} has a codec: give one to all members, or to none")
-        same, alike = a.codec is b.codec, (x.tokens.shape, x.reasoning, x.answer) == (y.tokens.shape, y.reasoning, y.answer)
-        _require(alike or not same, f"{a} and {b} share a vocabulary: give their canvases the same layout")
-        alike = (a.mask_id, {*a.eos_ids}) == (b.mask_id, {*b.eos_ids})
-        _require(alike or not same, f"{a} and {b} share a vocabulary, but not mask_id and eos_id: give each its own codec")
-    return members, canvases
-
-
-def _check_member(member: Member) -> None:
-    _require(isinstance(member, Member) and callable(member.denoise), f"{member} must be a tie.Member with a denoise function")
-    ids, given = (member.mask_id, *member.eos_ids), f"not {member.mask_id!r} and {member.eos_id!r}"
-    good = len(ids) > 1 and all(hasattr(i, "__index__") for i in ids) and member.mask_id not in member.eos_ids
-    _require(good, f"{member}: mask_id must be an id, eos_id another or a tuple of others, {given}")
-    good = member.codec is None or all(callable(getattr(member.codec, name, None)) for name in ("encode", "decode"))
-    _require(good, f"{member}: its codec needs the functions encode and decode")
+        _require((a.codec is None) == (b.codec is None), f"only one of {a} and {b} has a codec: give all one, or none")
+        if a.codec is b.codec:
+            alike = (x.tokens.shape, x.reasoning, x.answer) == (y.tokens.shape, y.reasoning, y.answer)
+            _require(alike, f"{a} and {b} share a vocabulary: give their canvases the same layout")
+            alike = a.mask_id == b.mask_id and {*a.eos_ids} == {*b.eos_ids}
+            _require(alike, f"{a} and {b} share a vocabulary, but not mask_id and eos_id: give each its codec")
 
 
 def _check_canvas(member: Member, canvas: Canvas) -> None:
     _require(isinstance(canvas, Canvas), f"{member}: its canvas must be a tie.Canvas, not {type(canvas).__name__}")
-    tokens, shape = canvas.tokens, tuple(canvas.tokens.shape)
+    tokens, shape, regions = canvas.tokens, tuple(canvas.tokens.shape), (canvas.reasoning, canvas.answer)
     good = len(shape) == 2 and shape[0] > 0 and tokens.dtype == torch.int64
     _require(good, f"{member}: canvas tokens must be (B, L) int64, not {shape} {tokens.dtype}")
-    real = torch.ones_like(canvas.masked) if canvas.attention_mask is None else canvas.attention_mask  # (B, L)
+    real = canvas.masked if canvas.attention_mask is None else canvas.attention_mask  # (B, L)
     good = all((x.shape, x.dtype, x.device) == (shape, torch.bool, tokens.device) for x in (canvas.masked, real))
     _require(good, f"{member}: canvas masked and attention_mask must be {shape} bool on {tokens.device}, as its tokens")
-    regions = (canvas.reasoning, canvas.answer)
     bounds = [0, *(bound for region in regions for bound in (region.start, region.stop)), shape[1]]
     good = all(type(bound) is int for bound in bounds) and bounds == sorted(bounds) and not any(r.step for r in regions)
-    wanted = f"slices with start and stop, without step, reasoning, then answer, within its {shape[1]} positions"
-    _require(good, f"{member}: the canvas needs {wanted}")
-    outside = canvas.masked & real
+    _require(good, f"{member}: reasoning, then answer, must be slices with start and stop, no step, within {shape[1]}")
+    outside = canvas.masked.clone()
     outside[:, canvas.reasoning] = outside[:, canvas.answer] = False
-    _require(not outside.any(), f"{member}: the canvas has masks outside its reasoning and answer")
-    _require(not (canvas.masked & ~real).any(), f"{member}: the canvas has masks on padding")
+    good = not (outside | canvas.masked & ~real).any()
+    _require(good, f"{member}: the canvas has masks outside its reasoning and answer, or on padding")
 
 
-def _check_logits(member: Member, logits: Tensor, positions: Tensor) -> None:
-    good = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == positions.shape
-    if not (good and logits.is_floating_point() and logits.device == positions.device):
-        tensor = isinstance(logits, Tensor)
-        given = f"{tuple(logits.shape)} {logits.dtype} on {logits.device}" if tensor else type(logits).__name__
-        wanted = f"{(*positions.shape, 'V')} on {positions.device}"
-        raise ValueError(f"{member} must give float logits {wanted}, not {given}")
-    if not all(0 <= i < logits.shape[2] for i in (member.mask_id, *member.eos_ids)):
-        ids = f"mask_id {member.mask_id} or eos_id {member.eos_id}"
-        raise ValueError(f"{member}: {ids} lies outside its vocabulary of {logits.shape[2]}")
-
-
-def _check_added(added: Tensor, chosen: Tensor) -> None:
-    good = isinstance(added, Tensor) and (added.shape, added.dtype, added.device) == (chosen.shape, torch.bool, chosen.device)
-    given = f"{tuple(added.shape)} {added.dtype} on {added.device}" if isinstance(added, Tensor) else repr(added)
-    _require(good, f"commit must give {tuple(chosen.shape)} bool on {chosen.device}, not {given}")
-
-
-def _check_nan(member: Member, readings: list[Reading]) -> None:
-    nan = torch.stack([reading.nan for reading in readings]).any()
-    _require(not nan, f"{member} gave NaN logits: check its weights and its dtype")
+def _check_logits(member: Member, logits: Any, shape: tuple[int, int], device: torch.device) -> None:
+    good = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape and logits.is_floating_point()
+    if not good or logits.device != device:
+        given = (tuple(logits.shape), logits.dtype, str(logits.device)) if isinstance(logits, Tensor) else repr(logits)
+        raise ValueError(f"{member} must give float logits {(*shape, 'V')} on {device}, not {given!s:.60}")
+    for i in (member.mask_id, *member.eos_ids):
+        _require(0 <= i < logits.shape[2], f"{member}: its id {i} lies outside its vocabulary of {logits.shape[2]}")

@@ -118,8 +118,8 @@ def told(index: int, guesses: dict[int, Guess], block: list[int], shift: float =
     probability, negative_entropy, margin = (torch.tensor([part]) + shift for part in parts)  # (1, masks of the block)
     tokens, masked = torch.tensor([[guesses[i].token for i in block]]), torch.ones(1, len(block), dtype=torch.bool)
     return SimpleNamespace(
-        member=index, positions=torch.tensor([block]), masked=masked, token=tokens, probability=probability,
-        confidence=probability, entropy=shift - negative_entropy, margin=margin,
+        member=index, positions=torch.tensor([block]), masked=masked, token=tokens, confidence=probability,
+        entropy=shift - negative_entropy, margin=margin,
     )  # fmt: skip
 
 

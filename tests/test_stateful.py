@@ -17,7 +17,6 @@ import tie
 from tie import Canvas, Config, Member
 
 Problem = namedtuple("Problem", "members canvases config")
-SILENT = -torch.inf
 STEPS = st.sampled_from([1, 2, 2, 3, 3, 4])
 LOGIT_SCORE = st.none() | st.sampled_from(SCORES[1:])  # none: the score of the member's own steps, as configured
 SEED = st.integers(0, 10**6) | st.integers(0, 2)  # members may be alike
@@ -100,7 +99,7 @@ def agree(result: tie.Result, rows: list[reference.Row]) -> None:
         assert result.winner[b] == row.winner
         assert result.leaders[:n, b].tolist() == row.leaders and (result.leaders[n:, b] == -1).all()
         assert near(result.scores[:n, :, b], torch.tensor(row.scores).view(n, len(row.states)))
-        assert (result.scores[n:, :, b] == SILENT).all()
+        assert (result.scores[n:, :, b] == -torch.inf).all()
         assert near(result.tcc[:, b], torch.tensor([float(count) for count in row.tcc]))
         assert near(result.top1[:, b], torch.tensor(row.top1))
         assert all(holds(candidate, b, state) for candidate, state in zip(result.candidates, row.states))
@@ -114,7 +113,8 @@ class Rounds(RuleBasedStateMachine):
         self.problem, self.given, self.rows = problem, deepcopy(problem.canvases), reference.rows(*problem)
         watched = [replace(member, denoise=Watched(member.denoise)) for member in problem.members]
         self.runs = [tie.Run(i, m, c, problem.config) for i, (m, c) in enumerate(zip(watched, problem.canvases))]
-        self.relays, self.not_relayed = [], 0
+        M, B, self.not_relayed = len(self.runs), len(self.rows), 0
+        self.leaders, self.relay_scores = torch.zeros(0, B, dtype=torch.int64), torch.zeros(0, M, B)
         with suppress(Unclear):
             agree(tie.ensemble(*problem), reference.ensemble(*problem))
 
@@ -149,7 +149,7 @@ class Rounds(RuleBasedStateMachine):
         assert near(self.scores.T, torch.stack([values(scores) for scores in self.slow_scores]))
         assert near(self.tops.T, torch.stack([values(tops) for tops in self.slow_tops]))
         assert all(len(run.history) <= 1 for run in self.runs)  # the step that the next one is compared with
-        result = tie.respond(self.runs, self.relays, self.not_relayed)  # were this the end
+        result = tie.respond(self.runs, self.leaders, self.relay_scores, self.not_relayed)  # were this the end
         for winner, row in zip(result.winner, self.rows):
             row.winner = winner
             with suppress(Unclear):
@@ -188,7 +188,8 @@ class Rounds(RuleBasedStateMachine):
             leaders[b] = appointed(int(leaders[b]), b)
             row.relay(int(leaders[b]), scores)
         self.not_relayed += tie.relay(self.runs, received, readings, leaders)
-        self.relays.append((leaders, self.scores.masked_fill(ended, SILENT)))
+        self.leaders = torch.cat([self.leaders, leaders[None]])
+        self.relay_scores = torch.cat([self.relay_scores, self.scores.masked_fill(ended, -torch.inf)[None]])
         for r, run in enumerate(self.runs):
             for b, m in enumerate(leaders.tolist()):
                 sent = before[m if m >= 0 else r]

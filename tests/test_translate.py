@@ -253,16 +253,16 @@ HALF = SHORT.encode("é")[:1]
 
 
 @pytest.mark.parametrize("message, ids, sender, receiver", [
-    ("m0.*bytes, not str", SHORT.encode("ab"), Careless(decode=lambda ids: "a"), LONG),
+    ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: "a"), LONG),
     ("m0.*raw bytes", SHORT.encode("é"), Careless(decode=lossy_text), LONG),
     ("m0.*raw bytes", HALF, Careless(decode=lossy_text), LONG),
     ("m0.*raw bytes", SHORT.encode("a b"), Careless(decode=lambda ids: SHORT.decode(ids).strip()), LONG),
-    ("m1.*list of ids, not None", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: None)),
-    ("m1.*list of ids, not 'ab'", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: text)),
+    ("m1.*list of ids.*not None", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: None)),
+    ("m1.*list of ids.*not 'ab'", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: text)),
     ("m1.*no mask, EOS", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [MASK])),
     ("m1.*no mask, EOS", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [*SHORT.encode(text), EOS])),
-    ("m1.*beyond the vocabulary", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [SHORT.size + 9])),
-    ("m1.*beyond the vocabulary", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [-1])),
+    ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [SHORT.size + 9])),
+    ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [-1])),
     ("m1.*neither add.*'Ab'", SHORT.encode("Ab"), SHORT, Careless(encode=lambda text: SHORT.encode(text.lower()))),
     ("m1.*neither add.*'ab'", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [0, *SHORT.encode(text)])),
     ("m1.*neither add.*'ab'", SHORT.encode("ab"), SHORT,  # [CLS], which decode leaves out
