@@ -592,12 +592,12 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
     """The bytes of each token; None for a mask and for what holds a byte of no whole character; "EOS" for an EOS."""
     codec: Any = member.codec
     text = [i for i in ids if i is not None and i not in member.eos_ids]
-    pieces, whole = [codec.decode([i]) for i in text], codec.decode(text)
-    good = all(isinstance(piece, bytes) for piece in (whole, *pieces)) and b"".join(pieces) == whole
-    for i, piece in zip(text, pieces if good else ()):  # U+FFFD: half a character that was lost, or a token of its own
+    pieces, whole = {i: codec.decode([i]) for i in set(text)}, codec.decode(text)
+    good = all(isinstance(x, bytes) for x in (whole, *pieces.values())) and b"".join(pieces[i] for i in text) == whole
+    for i, piece in pieces.items() if good else ():  # U+FFFD: half a character that was lost, or a token of its own
         good = good and (b"\xef\xbf\xbd" not in piece or codec.encode(piece.decode(errors="replace")) == [i])
     _require(good, f"{member}: its codec's decode must give the raw bytes of each token in turn, not {whole!r:.40}")
-    units = [None if i is None else "EOS" if i in member.eos_ids else pieces.pop(0) for i in ids]
+    units = [None if i is None else "EOS" if i in member.eos_ids else pieces[i] for i in ids]
     while True:
         parted = [unit if isinstance(unit, bytes) else b" " for unit in units]  # a new hole may break its neighbours
         try:
@@ -616,8 +616,8 @@ def encode(text: str, member: Member, vocab_size: int | None) -> list[int]:
     good = isinstance(ids, list) and all(type(i) is int and 0 <= i < (vocab_size or i + 1) for i in ids)
     good = good and not special & set(ids)
     _require(good, f"{member}: its codec's encode must give a list of ids, no mask, EOS or id beyond, not {ids!r:.40}")
-    pieces = [codec.decode([i]) for i in ids]
-    good = all(pieces) and b"".join(pieces) == text.encode()
+    pieces = {i: codec.decode([i]) for i in set(ids)}
+    good = all(pieces.values()) and b"".join(pieces[i] for i in ids) == text.encode()
     _require(good, f"{member}: its codec's encode must neither add to a text nor lose of it, as of {text!r:.40}")
     return ids
 
