@@ -29,7 +29,7 @@ def test_every_python_snippet_runs(code, tmp_path):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_hugging_face_recipe_decodes_a_padded_row_as_the_row_alone(shift):
     recipe: dict = {}
-    exec(next(code for code in SNIPPETS if "def hugging_face(" in code), recipe)
+    exec(next(code for code in SNIPPETS if "def hugging_face(" in code), recipe)  # noqa: S102, our own text
     member = tie.Member(recipe["hugging_face"](recipe["Bert"]().eval(), shift), 99, 98)
     shape = {"suffix": [10], "reasoning_length": 6, "answer_length": 3, "mask_id": 99, "pad_id": 0}
     prompts = [[5, 6, 7, 8, 9], [8], [3, 4]]
