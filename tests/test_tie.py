@@ -345,13 +345,15 @@ def test_histories_start_again_after_a_relay(problem):
 
 @given(problems(members=st.integers(2, 3)), st.integers(1, 4))
 def test_the_count_over_the_whole_decoding_does_not_hang_on_where_rounds_end_once_relays_have(problem, interval):
-    """A member that is done from the start ends the relays; the others decode alone, in rounds of any length."""
+    """A member that is done from the start ends a row's relays; the others decode it alone, whatever other rows do."""
     last = problem.canvases[-1]
-    problem.canvases[-1] = replace(last, tokens=last.tokens.clone(), masked=torch.zeros_like(last.masked))
+    masked = last.masked & (torch.arange(len(last.masked)) > 0)[:, None]
+    problem.canvases[-1] = replace(last, masked=masked)
     whole, parts = (
         tie.ensemble(*problem[:2], replace(problem.config, interval=n, selection="lowest_tcc")) for n in (99, interval)
     )
-    assert near(whole.tcc, parts.tcc) and near(whole.top1, parts.top1) and torch.equal(whole.winner, parts.winner)
+    assert near(whole.tcc[:, 0], parts.tcc[:, 0]) and near(whole.top1[:, 0], parts.top1[:, 0])
+    assert whole.winner[0] == parts.winner[0]
 
 
 @pytest.mark.parametrize("score, cross_model", list(product(SCORES, (True, False))))
