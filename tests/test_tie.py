@@ -293,6 +293,12 @@ def test_token_change_count_equals_a_loop_and_is_at_most_the_number_of_compariso
         assert not normalize or got[b] <= len(tokens) - 1 + NEAR
 
 
+def test_equal_sums_of_fractions_are_equal():
+    tokens = torch.zeros(11, 1, 10, dtype=torch.int64)
+    tokens[torch.arange(11) % 2 == 1, 0, 0] = 1  # one of ten changes at each of ten comparisons
+    assert tie.token_change_count(tokens, torch.ones_like(tokens, dtype=torch.bool)).float().tolist() == [1.0]
+
+
 @given(histories(), st.permutations([5, 6, 7]), st.booleans())
 def test_token_change_count_does_not_depend_on_the_names_of_tokens(history, names, normalize):
     renamed = torch.tensor(names)[history[0]]
@@ -668,6 +674,10 @@ def bad_inputs():
     def nan_later(x, positions, mask):
         return ramp.expand(*positions.shape, -1) * (math.nan if (x == 0).sum() == 24 else 1)
 
+    def nan_once(x, positions, mask, calls=[]):  # noqa: B006, in its third forward, which no step is going to use
+        calls.append(1)
+        return ramp.expand(*positions.shape, -1) * (math.nan if len(calls) == 3 else 1)
+
     def nan_at_first(x, *inputs):  # of the answer, while there is reasoning to come
         return nan_at(canvas.answer if (x[:, canvas.reasoning] == 0).any() else slice(0, 0), x, *inputs)
 
@@ -724,6 +734,7 @@ def bad_inputs():
         ("m1.*on cpu", [m1], [replace(canvas, masked=canvas.masked.to("meta"))], config),
         ("m1.*NaN", other(denoise=nan), [canvas] * 2, config),
         ("m1.*NaN", other(denoise=nan_later), [canvas] * 2, late),
+        ("m1.*NaN", other(denoise=nan_once), [canvas] * 2, replace(late, cross_model=False)),
         ("m1.*NaN", other(denoise=nan_at_first), [canvas] * 2, config),
         ("m1.*eos_id.*None", other(eos_id=None), [canvas] * 2, config),
         (r"m1.*eos_id.*\[1, 2\]", other(eos_id=[1, 2]), [canvas] * 2, config),
