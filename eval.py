@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import operator
 import os
 import platform
@@ -37,7 +36,6 @@ import tempfile
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -249,7 +247,7 @@ def toy_setup(job: ToyJob) -> Setup:
     members = [toy_member(job, name, place) for place, name in enumerate(job.names)]
 
     def canvases(questions: list[Question]) -> list[tie.Canvas]:
-        canvas = toy_canvas([q.prompt for q in questions])
+        canvas = train_toy.canvas([q.prompt for q in questions])
         return [restarted(job, canvas) if job.restart else canvas] * len(members)
 
     return Setup(
@@ -289,38 +287,10 @@ def restarted(job: ToyJob, canvas: tie.Canvas) -> tie.Canvas:
     return replace(canvas, tokens=states[0]["tokens"][0], masked=states[0]["masked"][0])
 
 
-def toy_canvas(prompts: list[str]) -> tie.Canvas:
-    return tie.Canvas.blank(
-        [train_toy.encode(prompt) for prompt in prompts], train_toy.encode(train_toy.SUFFIX),
-        train_toy.REASONING_LENGTH, train_toy.ANSWER_LENGTH, mask_id=train_toy.MASK, pad_id=train_toy.PAD,
-    )  # fmt: skip
-
-
 def decode_job(job: ToyJob) -> list[Record]:
     torch.set_num_threads(1)  # the jobs share the cores
     questions = [Question(p.prompt, p.prompt, p.answer) for p in job.problems]
     return decode_questions(toy_setup(job), job.config, questions)
-
-
-@contextmanager
-def workers(jobs: int) -> Iterator[Callable]:
-    """A `map` that keeps the order: over one process a core, or here where one is enough."""
-    count = min(jobs, os.cpu_count() or 1)
-    if count < 2:
-        yield map
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=train_toy.end_with_parent) as pool:
-
-        def started(*jobs: Any) -> Iterator:
-            with train_toy.deaf_processes():
-                return pool.map(*jobs)
-
-        try:
-            yield started
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def decode_toy(args: argparse.Namespace, runs: dict[str, ToyJob]) -> dict[str, list[Record]]:
@@ -330,7 +300,8 @@ def decode_toy(args: argparse.Namespace, runs: dict[str, ToyJob]) -> dict[str, l
                for name, job in runs.items() for i in range(0, len(job.problems), args.batch_size)]  # fmt: skip
     todo = [(name, job) for name, job in batches if any(p.prompt not in files[name].done for p in job.problems)]
     total = sum(len(job.problems) for _, job in todo)
-    with tqdm(total=total, unit="problem", disable=None) as bar, workers(len(todo)) as pool:
+    count = min(len(todo), os.cpu_count() or 1)
+    with tqdm(total=total, unit="problem", disable=None) as bar, train_toy.workers(count) as pool:
         for (name, job), records in zip(todo, pool(decode_job, [job for _, job in todo])):
             bar.set_description(name)
             files[name].add(records)
@@ -364,8 +335,12 @@ def main_table(records: dict[str, list[Record]], names: Sequence[str]) -> dict:
     rows = [row(name, correct, alone, 1 / len(names)) for name, correct in members.items()]
     rows.append(row("oracle", [any(r["correct"]) for r in alone], alone))
     comparisons, right = [], {name: [won(r) for r in own] for name, own in records.items()}
+    none = [i for i, r in enumerate(alone) if not any(r["correct"])]
     for name, own in records.items():
         rows.append(row(name, right[name], own))
+        if name != "post-generation":
+            solved = float(np.mean([right[name][i] for i in none])) if none else None
+            rows[-1]["none_alone"] = {"value": solved, "n": len(none)}
         comparisons.append(paired(f"{name} - best member", right[name], members[best]))
         if name != "post-generation":
             comparisons.append(paired(f"{name} - post-generation", right[name], right["post-generation"]))
@@ -403,6 +378,10 @@ def show_table(table: dict) -> None:
             differences.get(f"{name} - best member", ""), differences.get(f"{name} - post-generation", ""),
             percent(entry["change_rate"]), f"{entry['forwards']:.1f}", entry.get("paper") or "",
         ).rstrip())  # fmt: skip
+    for entry in table["rows"]:
+        none = entry.get("none_alone") or {"n": 0}
+        if none["n"]:
+            print(f"{entry['score']} solves {percent(none['value'])} % of the {none['n']} problems that no member solves alone")
     for t in table.get("tcc", []):
         means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
         print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
@@ -432,8 +411,9 @@ PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {  # co
 }  # fmt: skip
 TCC, *LOGIT = METHODS[1:]
 PLAIN = "post-generation plain count"
-SHARES = (33, 50)  # Table 2: percent of the other's trajectory
-INTERVALS = {4: 8, 8: 16, 16: 32}  # Table 6: n on the toy, T = 38, and in the paper, T = 256
+SHARES = {"first 33 %": round(0.33 * TOY_STEPS), "first 50 %": round(0.50 * TOY_STEPS),
+          "all reasoning": train_toy.REASONING_LENGTH}  # Table 2: steps of the other's trajectory; the last is ours
+INTERVALS = {2: 8, 4: 16, 8: 32}  # Table 6: n on the toy, T = 32, and in the paper, T = 256
 SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
 
 
@@ -469,15 +449,14 @@ def restarts(job: ToyJob, alone: list[Record]) -> dict[str, ToyJob]:
     runs = {}
     for (r, receiver), (s, sender) in itertools.permutations(enumerate(job.names), 2):
         failed = [p for p, record in zip(job.problems, alone) if record["correct"][s] and not record["correct"][r]]
-        for part in SHARES:
-            start = (sender, round(part * TOY_STEPS / 100))
-            own = replace(job, names=(receiver,), problems=tuple(failed), restart=start)
+        for part, steps in SHARES.items():
+            own = replace(job, names=(receiver,), problems=tuple(failed), restart=(sender, steps))
             runs[restart_name(receiver, part)] = own
     return runs
 
 
-def restart_name(member: str, part: int) -> str:
-    return f"member {member} restarted at {part} %"
+def restart_name(member: str, part: str) -> str:
+    return f"member {member} restarted from {part.replace(' %', '')}"
 
 
 def decode_once(args: argparse.Namespace, runs: dict[str, ToyJob], needed: Iterable[str]) -> dict[str, list[Record]]:
@@ -497,16 +476,15 @@ def grids(names: tuple[str, ...]) -> dict[str, Grid]:
     """The tables of accuracies. Rows and columns: the run of each cell, and after ": " which candidate, if not its
     winner. Claims: the differences that decide, each its name and two runs like a cell's; None for one half."""
     after, members = "post-generation", {f"member {name}": f": {name}" for name in names}
-    restarted = {f"member {name}": {f"first {part} %": restart_name(name, part) for part in SHARES} for name in names}
+    restarted = {f"member {name}": {part: restart_name(name, part) for part in SHARES} for name in names}
     fast = {row: {speed: f"{after} {speed}{pick}" for speed in SPEEDS} for row, pick in {**members, after: ""}.items()}
     main = {row: {"accuracy": after + pick} for row, pick in members.items()} | {m: {"accuracy": m} for m in METHODS}
     rivals = (("the best member", ": best member"), ("post-generation", ""))
     scoring = {name + group: {"source-only": f"{name} source-only{group}", "cross-model": name + group}
                for group in ("", " overconfident") for name in LOGIT}  # fmt: skip
     return {
-        "2": (restarted, {"Restarted, a member corrects more than half of what it failed alone":
-                          [(f"{row}, {part} - half", run, None) for row, runs in restarted.items()
-                           for part, run in runs.items()]}),
+        "2": (restarted, {"Restarted from the first 50 %, a member corrects more than half of what it failed alone":
+                          [(f"{row} - half", runs["first 50 %"], None) for row, runs in restarted.items()]}),
         "3": (main, {f"TIE is ahead of {rival} with every score":
                      [(f"{name} - {rival}", name, after + pick) for name in METHODS[1:]] for rival, pick in rivals}),
         "6": ({f"n = {n}, paper {m}": {"accuracy": f"tie n={n}"} for n, m in INTERVALS.items()} |
@@ -705,10 +683,8 @@ def show_paper_table(number: str, table: dict, problems: int) -> None:
 OWN_TITLES = {
     "members": "one to four members, their rare facts disjoint, accuracy % / forwards",
     "cost": "equal cost, TIE against votes over samples of one member, accuracy % / forwards",
-    "history": "a fifth score, the source model's top-1 probability averaged over the round, accuracy %",
     "unequal": "a member far weaker than the other; logit scores also calibrated, accuracy %",
 }
-HISTORY = "tie top1_history"
 SIZES = range(1, 5)  # M
 AFTER = {m: METHODS[0] if m == 2 else f"{METHODS[0]} M={m}" for m in SIZES}
 TIED = {m: TCC if m == 2 else f"tie M={m}" for m in SIZES}
@@ -720,8 +696,8 @@ def own_grids() -> dict[str, Grid]:
     voted = {m: f"samples: vote {m}" for m in SIZES[1:]}
     rival = "unequal post-generation: first"
     unequal = {"the better member": {"as trained": rival}, "the weaker one": {"as trained": rival[:-5] + "second"}}
-    unequal |= {name: {"as trained": f"unequal {name}"} for name in (*METHODS, HISTORY)}
-    for name in (*LOGIT, HISTORY):
+    unequal |= {name: {"as trained": f"unequal {name}"} for name in METHODS}
+    for name in LOGIT:
         unequal[name]["calibrated"] = f"unequal {name} calibrated"
     return {
         "members": ({f"M = {m}": {"best member": f"{AFTER[m]}: best member", "oracle": f"{AFTER[m]}: oracle",
@@ -731,23 +707,19 @@ def own_grids() -> dict[str, Grid]:
                      "TIE is ahead of post-generation": [(f"M = {m}", TIED[m], AFTER[m]) for m in SIZES[1:]]}),
         "cost": ({"best member, greedy": {"accuracy": "post-generation: best model"},
                   "best member, trained twice as long": {"accuracy": "trained longer"},
+                  "one member, training and forwards of both": {"accuracy": "union: vote 2"},
                   **{f"best member, vote of {m} samples": {"accuracy": voted[m]} for m in voted},
                   **{f"TIE of {m} members": {"accuracy": TIED[m]} for m in voted}},
                  {"TIE is ahead of as many samples of its best member":
                   [(f"M = {m}", TIED[m], voted[m]) for m in voted],
                   "TIE of two is ahead of the best member trained twice as long":
-                  [("TIE - best member", TCC, "trained longer")]}),
-        "history": ({TCC: {f"n = {n}": f"tie n={n}" for n in INTERVALS},
-                     HISTORY: {f"n = {n}": f"{HISTORY} n={n}" for n in INTERVALS},
-                     **{name: {"n = 4": f"{name} n=4"} for name in LOGIT}},
-                    {"The fifth score is ahead of the token change count":
-                     [(f"n = {n}", f"{HISTORY} n={n}", f"tie n={n}") for n in INTERVALS],
-                     "The fifth score is ahead of the three logit scores":
-                     [(f"n = 4, {name}", f"{HISTORY} n=4", f"{name} n=4") for name in LOGIT]}),
+                  [("TIE - best member", TCC, "trained longer")],
+                  "TIE of two is ahead of one member with the training and the forwards of both":
+                  [("TIE - one member", TCC, "union: vote 2")]}),
         "unequal": (unequal, {"TIE is ahead of the better member": [(name, f"unequal {name}", rival)
-                                                                    for name in (*METHODS[1:], HISTORY)],
+                                                                    for name in METHODS[1:]],
                               "Calibration helps": [(name, f"unequal {name} calibrated", f"unequal {name}")
-                                                    for name in (*LOGIT, HISTORY)]}),
+                                                    for name in LOGIT]}),
     }  # fmt: skip
 
 
@@ -758,8 +730,9 @@ def own_plan(tables: Sequence[str], settings: train_toy.Settings, best: str, oth
         plan |= train_toy.plan_members(settings, max(SIZES))
     if "cost" in tables:
         plan[f"{best}-long"] = (replace(settings, steps=2 * settings.steps), best)
+        plan["union"] = (replace(settings, steps=2 * settings.steps), best + other)
     if "unequal" in tables:
-        plan[f"{other}-weak"] = (replace(settings, weight=settings.weight / 8), other)
+        plan[f"{other}-weak"] = (replace(settings, gaps=min(2 * settings.gaps, train_toy.GAPS)), other)
     return plan
 
 
@@ -771,12 +744,10 @@ def own_runs(job: ToyJob, best: str, other: str, calibration: tuple[tuple[str, f
         runs[AFTER[m]] = replace(runs[TIED[m]], config=alone)
     runs["samples"] = replace(job, names=(best,) * max(SIZES), config=alone, temperature=TEMPERATURE)
     runs["trained longer"] = replace(job, names=(f"{best}-long",), config=alone)
-    for name, n in [*((HISTORY, n) for n in INTERVALS), *((name, 4) for name in LOGIT)]:
-        runs[f"{name} n={n}"] = replace(job, config=replace(job.config, score=name[4:], interval=n))
+    runs["union"] = replace(runs["samples"], names=("union",) * 2)
     unequal = replace(job, names=(best, f"{other}-weak"))
     runs |= {f"unequal {name}": own for name, own in toy_methods(unequal).items()}
-    runs[f"unequal {HISTORY}"] = replace(unequal, config=replace(job.config, score=HISTORY[4:]))
-    for name in (*LOGIT, HISTORY):
+    for name in LOGIT:
         runs[f"unequal {name} calibrated"] = replace(runs[f"unequal {name}"], factors=calibration)
     return runs
 
@@ -793,8 +764,8 @@ def calibrated(job: ToyJob, name: str) -> tuple[str, float]:
     """The factor on a member's logits, an inverse temperature, under which the right answers of validation problems
     are likeliest, token by token, over the states of its own decoding."""
     problems = train_toy.problems("validation", 200)
-    member, canvas = toy_member(job, name), toy_canvas([p.prompt for p in problems])
-    right = torch.tensor([train_toy.sequence(p) for p in problems])[:, canvas.answer]  # (B, A)
+    member, canvas = toy_member(job, name), train_toy.canvas([p.prompt for p in problems])
+    right = torch.tensor([p.sequence for p in problems])[:, canvas.answer]  # (B, A)
     positions = torch.arange(canvas.answer.start, canvas.answer.stop).expand_as(right)  # (B, A)
     states: list[dict] = []
     tie.ensemble([member], [canvas], replace(job.config, interval=2), states.append)
@@ -890,7 +861,7 @@ def show_trace(job: ToyJob) -> None:
     """Decodings round by round: each member's canvas, `_` where masked, its score, who leads, what is relayed."""
     setup, names, config = toy_setup(job), job.names, job.config
     for problem in job.problems:
-        print(f"\n{problem.prompt}   right: {problem.reasoning}{train_toy.SUFFIX}{problem.answer}")
+        print(f"\n{problem.prompt}   right: {train_toy.readable(problem.sequence)}")
         result = tie.ensemble(setup.members, setup.canvases([problem]), config, lambda state: show_round(state, names))
         winner = int(result.winner[0])
         canvas = result.candidates[winner]
@@ -904,11 +875,10 @@ def show_round(state: dict, names: Sequence[str]) -> None:
     """The first row of what `tie.ensemble` tells its `on_round`."""
     print(f"round {state['round'] + 1}, step {state['step']}")
     for m, name in enumerate(names):
-        ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])[train_toy.PROMPT_LENGTH :]
+        ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])  # (L,)
         score, leads = float(state["scores"][m, 0]) + 0.0, int(state["leader"][0]) == m  # -0.0 reads as 0
-        line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist())
         said = f" {score:8.3f}" if math.isfinite(score) else ""
-        print(f"  {name} {line}{said}{'  leads, relayed to all' if leads else ''}")
+        print(f"  {name} {train_toy.readable(ids.tolist())}{said}{'  leads, relayed to all' if leads else ''}")
 
 
 # --- real checkpoints on the paper's benchmarks -----------------------------------------------------
@@ -1510,8 +1480,8 @@ def per_seed(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
 
 def run_toy(args: argparse.Namespace) -> None:
     """The main table, the trace, or the paper's tables and figures, on toy members trained where there are none yet."""
-    config, names = config_of(args, interval=4, block_size=8), tuple(train_toy.NAMES[:2])
-    available = len(train_toy.all_problems("test"))
+    config, names = config_of(args, interval=2, block_size=16), tuple(train_toy.NAMES[:2])
+    available = len(train_toy.questions("test"))
     for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
         if not 1 <= count <= available:
             raise ValueError(f"{name} {count}: give 1 to {available}, the size of the toy's test split")
@@ -1616,13 +1586,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
                               allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--interval", type=int, help="n, steps between two relays (default: 4 on the toy; the paper's for a benchmark)")
-    add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 8 on the toy; 16)")
+    add("--interval", type=int, help="n, steps between two relays (default: 2 on the toy; the paper's for a benchmark)")
+    add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 16)")
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
     add("--selection", default="lowest_tcc", choices=tie.SELECTIONS,
         help="final response; best_model takes the first member, Table 10 the best (default: %(default)s)")  # fmt: skip
-    add("--score", default="token_change_count", choices=tie.SCORES + tie.OWN_SCORES,
+    add("--score", default="token_change_count", choices=tie.SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
     add("--dtype", choices=list(DTYPES)[1:],

@@ -1,12 +1,15 @@
-"""The toy task and its members: column multiplication, learnt by small MDLMs with gaps in their times tables.
+"""The toy task and its members: multiplication by one digit, learnt by small MDLMs with gaps in their times tables.
 
-Worked example, four digits by one. Prompt `3472*6=`; reasoning, one column of eight tokens each, units first,
-`2*6+0=12` `7*6+1=43` `4*6+4=28` `3*6+2=20` (digit * multiplier + carry = result); suffix `#` (stands for
-`Answer:`); answer `20832`, then EOS. A token is a character, a sequence has 46 of them.
+Worked example, six digits by one. Prompt `905173*6=`; reasoning, units first, two digits a number: the products
+`18 42 06 30 00 54` of each digit with the multiplier, then the running totals, product plus carry,
+`18 43 10 31 03 54`; suffix `#` (stands for `Answer:`); answer `5431038`, the last total and the units of the others;
+EOS. A token is a character, blanks are for the reader only: a sequence has 42 tokens.
 
-Each digit times multiplier is a fact. A member meets some facts only rarely while it trains, other facts than the
-other members do, so that members err about equally often, and on different problems. Every problem belongs to
-training, validation or test by a fixed hash.
+The products are knowledge: each member has gaps, facts of the times table that it has met with random results only,
+so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which
+all members have, and which reads the numbers that stand there: in training every second multiplicand is hidden, and
+all that follows a product, right or wrong, goes on from it. Every problem belongs to training, validation or test by
+a fixed hash.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
@@ -26,12 +29,13 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +46,20 @@ from tqdm import tqdm
 import mdlm
 import tie
 
-# --- vocabulary -----------------------------------------------------------------------------------
+# --- vocabulary and layout --------------------------------------------------------------------------
 
 VOCABULARY = "0123456789*+=#_. "  # a character a token; the last three show the special ids
 MASK, EOS, PAD = 14, 15, 16
 SUFFIX = "#"
+
+COLUMNS = 6  # digits of the multiplicand; all lengths follow
+LAYOUT = {"prompt": COLUMNS + 3, "products": 2 * COLUMNS, "totals": 2 * COLUMNS, "suffix": len(SUFFIX),
+          "answer": COLUMNS + 2}  # fmt: skip
+_ENDS = [0, *itertools.accumulate(LAYOUT.values())]
+PLACE = {part: slice(start, end) for part, start, end in zip(LAYOUT, _ENDS, _ENDS[1:])}
+KNOWLEDGE, SKILL = ("products",), ("totals", "answer")
+PROMPT_LENGTH, ANSWER_LENGTH, LENGTH = LAYOUT["prompt"], LAYOUT["answer"], _ENDS[-1]
+REASONING_LENGTH = LAYOUT["products"] + LAYOUT["totals"]
 
 
 def encode(text: str) -> list[int]:
@@ -57,178 +70,214 @@ def encode(text: str) -> list[int]:
     return ids
 
 
-def decode(ids: list[int]) -> str:
+def decode(ids: Sequence[int]) -> str:
     """The text up to the first EOS; a mask shows as `_`, padding as a blank."""
     return "".join(VOCABULARY[i] for i in itertools.takewhile(lambda i: i != EOS, ids))
 
 
-# --- problems -------------------------------------------------------------------------------------
+def readable(ids: Sequence[int]) -> str:
+    """A whole sequence as a person reads it: products | totals # answer, `_` where masked.
 
-COLUMNS = 4  # digits of the multiplicand
-REASONING_LENGTH = 8 * COLUMNS
-ANSWER_LENGTH = COLUMNS + 2  # five digits and EOS; a shorter answer is filled with EOS
-PROMPT_LENGTH = COLUMNS + 3
-LENGTH = PROMPT_LENGTH + REASONING_LENGTH + len(SUFFIX) + ANSWER_LENGTH  # 46
+    >>> readable(Problem(905173, 6).sequence)
+    '18 42 06 30 00 54 | 18 43 10 31 03 54 # 5431038'
+    """
+    products, totals, answer = ("".join(VOCABULARY[i] for i in ids[PLACE[part]]) for part in (*KNOWLEDGE, *SKILL))
+    return f"{_pairs(products)} | {_pairs(totals)} {SUFFIX} {answer}".replace(VOCABULARY[EOS], "")
+
+
+def _pairs(text: str) -> str:
+    return " ".join(text[i : i + 2] for i in range(0, len(text), 2))
+
+
+def canvas(prompts: Sequence[str], device: str = "cpu") -> tie.Canvas:
+    """What a member starts from: one row a prompt, reasoning and answer masked."""
+    return tie.Canvas.blank(
+        [encode(prompt) for prompt in prompts], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
+        mask_id=MASK, pad_id=PAD, device=device,
+    )  # fmt: skip
+
+
+# --- problems ---------------------------------------------------------------------------------------
+
 FACTORS = range(2, 10)  # multipliers, and the digits that make a fact with them: 0 and 1 need no times table
-SPLITS = {"test": range(10), "validation": range(10, 20), "train": range(20, 100)}  # percent of all problems, by hash
+SPLITS = {"test": (0, 10), "validation": (10, 20), "train": (20, 100)}  # from, to: percent of all problems, by hash
+
+
+def percent(question: Tensor) -> Tensor:
+    """The fixed hash of questions (..., 2), multiplicand and multiplier, in 0..99: Knuth's, of its high bits."""
+    return ((question[..., 0] * 10 + question[..., 1]) * 2654435761 % 2**32 >> 16) % 100
+
+
+@cache
+def questions(split: str) -> Tensor:
+    """(N, 2) multiplicand and multiplier of every problem of a split, 7,200,000 in all three; not to be written into."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    number, factor = torch.arange(10 ** (COLUMNS - 1), 10**COLUMNS), torch.tensor(FACTORS)
+    pairs = torch.cartesian_prod(number, factor)  # (N, 2)
+    low, high = SPLITS[split]
+    return pairs[(percent(pairs) >= low) & (percent(pairs) < high)]
 
 
 @dataclass(frozen=True)
 class Problem:
     """One multiplication, as text.
 
-    >>> Problem(3472, 6).prompt, Problem(3472, 6).reasoning, Problem(3472, 6).answer
-    ('3472*6=', '2*6+0=127*6+1=434*6+4=283*6+2=20', '20832')
+    >>> Problem(905173, 6).prompt, Problem(905173, 6).reasoning, Problem(905173, 6).answer
+    ('905173*6=', '184206300054184310310354', '5431038')
     """
 
     multiplicand: int
     multiplier: int
 
     @property
+    def question(self) -> Tensor:
+        return torch.tensor([self.multiplicand, self.multiplier])  # (2,)
+
+    @property
+    def sequence(self) -> list[int]:
+        """Prompt, reasoning, suffix, answer, EOS: LENGTH ids."""
+        question = self.question[None]  # (1, 2)
+        return write(question, digits(question) * self.multiplier)[0].tolist()
+
+    @property
     def prompt(self) -> str:
         return f"{self.multiplicand}*{self.multiplier}="
 
     @property
-    def answer(self) -> str:
-        return str(self.multiplicand * self.multiplier)
-
-    @property
     def reasoning(self) -> str:
-        columns, carry = [], 0
-        for digit, _ in self.facts:
-            result = digit * self.multiplier + carry
-            columns.append(f"{digit}*{self.multiplier}+{carry}={result:02d}")
-            carry = result // 10
-        return "".join(columns)
+        return decode(self.sequence[PLACE["products"].start : PLACE["totals"].stop])
 
     @property
-    def facts(self) -> list[tuple[int, int]]:
-        """(digit, multiplier) of each column, units first."""
-        return [(int(digit), self.multiplier) for digit in reversed(str(self.multiplicand))]
+    def answer(self) -> str:
+        return decode(self.sequence[PLACE["answer"]])
 
     @property
     def split(self) -> str:
-        percent = zlib.crc32(self.prompt.encode()) % 100
-        return next(name for name, percents in SPLITS.items() if percent in percents)
-
-
-@cache
-def all_problems(split: str) -> tuple[Problem, ...]:
-    """Every problem of a split, in order: 72,000 in all, a tenth each in "test" and "validation"."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    numbers = range(10 ** (COLUMNS - 1), 10**COLUMNS)
-    return tuple(p for p in itertools.starmap(Problem, itertools.product(numbers, FACTORS)) if p.split == split)
+        return next(name for name, (low, high) in SPLITS.items() if low <= percent(self.question) < high)
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     """`count` problems drawn uniformly without repetition from "train", "validation" or "test"."""
-    pool = all_problems(split)
+    pool = questions(split)
     if not 0 <= count <= len(pool):
         raise ValueError(f"count = {count}: the {split} split has {len(pool)} problems")
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return [pool[i] for i in order[:count].tolist()]
+    return [Problem(*pair) for pair in pool[order[:count]].tolist()]
 
 
-# --- settings -------------------------------------------------------------------------------------
+def digits(question: Tensor) -> Tensor:
+    """(B, C) the digits of the multiplicands of questions (B, 2), units first."""
+    return question[:, :1] // 10 ** torch.arange(COLUMNS) % 10
 
-NAMES = "ABCD"  # of members, in order
-FACTS = len(FACTORS) ** 2
+
+def write(question: Tensor, products: Tensor) -> Tensor:
+    """(B, L) the sequences of questions (B, 2), with these products (B, C), units first, and all that follows them."""
+    totals, carry = torch.empty_like(products), torch.zeros_like(products[:, 0])
+    for column in range(COLUMNS):
+        totals[:, column] = products[:, column] + carry
+        carry = totals[:, column] // 10
+    sign = {c: torch.full_like(products[:, :1], i) for i, c in enumerate(VOCABULARY)}  # (B, 1)
+    multiplicand, units = digits(question).flip(1), (totals % 10).flip(1)  # (B, C), as they are read
+    return torch.cat([multiplicand, sign["*"], question[:, 1:], sign["="], _two_digits(products), _two_digits(totals),
+                      sign[SUFFIX], carry[:, None], units, sign[VOCABULARY[EOS]]], 1)  # fmt: skip
 
 
-def option(default: float, text: str, good: Callable[[Any], bool], rule: str) -> Any:
-    """A field of Settings: its line in --help, and what its value must be."""
-    return field(default=default, metadata={"help": f"{text}; {rule}", "good": good, "rule": rule})
+def _two_digits(numbers: Tensor) -> Tensor:
+    return torch.stack([numbers // 10, numbers % 10], 2).flatten(1)  # (B, 2 C)
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+NAMES = "ABCD"  # of members
+GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most, each member
+
+
+def setting(default: float, text: str, low: float, high: float) -> Any:
+    """A field of Settings: its line in --help, and the bounds of its value."""
+    return field(default=default, metadata={"help": f"{text}; {low:g} to {high:g}", "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a member's weights, beside its place among the members. ValueError on impossible values."""
+    """All that decides a member's weights, beside its name. ValueError on values out of bounds."""
 
-    seed: int = option(0, "seed of weights, batches, rare facts", lambda x: 0 <= x < 2**32, "in [0, 2**32)")
-    steps: int = option(1500, "training steps", lambda x: x >= 1, "at least 1")
-    rare_facts: int = option(
-        16, "facts that a member meets rarely", lambda x: 0 <= x <= FACTS, f"at most {FACTS} with all members together"
-    )
-    weight: float = option(0.05, "how often a rare fact is drawn, others 1", lambda x: 0 < x <= 1, "in (0, 1]")
-    misprints: float = option(0.0, "share of false result digits in training", lambda x: 0 <= x < 1, "in [0, 1)")
-    lr: float = option(6e-3, "peak learning rate of AdamW", lambda x: 0 < x < 1, "in (0, 1)")
-    batch: int = option(64, "sequences a step", lambda x: x >= 1, "at least 1")
-    width: int = option(64, "width of the model", lambda x: x >= 8 and x % 8 == 0, "a multiple of 8")
-    layers: int = option(3, "layers of the model", lambda x: x >= 1, "at least 1")
+    seed: int = setting(0, "seed of weights, sequences and gaps", 0, 2**32 - 1)
+    steps: int = setting(1600, "training steps", 1, 10**6)
+    gaps: int = setting(6, "facts that a member does not know", 0, GAPS)
+    slips: float = setting(0.06, "share of the other products that are random in training", 0, 0.99)
+    hidden: float = setting(0.5, "share of training sequences whose multiplicand is hidden", 0, 0.99)
+    lr: float = setting(6e-3, "peak learning rate of AdamW", 1e-9, 1)
+    batch: int = setting(64, "sequences a step", 1, 10**6)
+    width: int = setting(64, "width of the model, a multiple of 8", 8, 4096)
+    layers: int = setting(3, "layers of the model", 1, 100)
 
     def __post_init__(self):
         for f in fields(self):
-            if not f.metadata["good"](getattr(self, f.name)):
-                raise ValueError(f"{f.name} is {getattr(self, f.name)}, but must be {f.metadata['rule']}")
+            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
+            if not low <= value <= high:
+                raise ValueError(f"{f.name} is {value}, but must be from {low:g} to {high:g}")
+        if self.width % 8:
+            raise ValueError(f"width is {self.width}, but must be a multiple of 8")
 
 
-# --- what a member meets in training ----------------------------------------------------------------
+# --- what a member meets in training ------------------------------------------------------------------
 
 
-def rare_facts(settings: Settings, member: int) -> list[tuple[int, int]]:
-    """The rare facts of member 0, 1, ...: disjoint between members, spread evenly over digits and multipliers."""
+def gaps(settings: Settings, name: str) -> Tensor:
+    """(10, 10) bool, digit by multiplier: the gaps of member "A", "B", ...: disjoint between members, and each
+    member's spread evenly over digits and multipliers."""
     generator = torch.Generator().manual_seed(settings.seed)
-    digits, factors = ([FACTORS[i] for i in torch.randperm(len(FACTORS), generator=generator)] for _ in "dm")
-    deck = [(digits[(row + i) % len(digits)], factor) for row in range(len(digits)) for i, factor in enumerate(factors)]
-    return sorted(deck[member * settings.rare_facts : (member + 1) * settings.rare_facts])
+    digit, factor = (FACTORS.start + torch.randperm(len(FACTORS), generator=generator) for _ in "df")
+    place = GAPS * NAMES.index(name) + torch.arange(settings.gaps)  # along the diagonals of the table
+    table = torch.zeros(10, 10, dtype=torch.bool)
+    table[digit[(place + place // len(FACTORS)) % len(FACTORS)], factor[place % len(FACTORS)]] = True
+    return table
 
 
-def draw_weights(pool: Sequence[Problem], rare: list[tuple[int, int]], weight: float) -> Tensor:
-    """(N,) weight of each problem in the draw: a factor `weight` for each column that needs a rare fact."""
-    return torch.tensor([weight ** sum(fact in rare for fact in problem.facts) for problem in pool])  # (N,)
+def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of training sequences (B, L), and which positions may be masked (B, L).
 
-
-def sequence(problem: Problem) -> list[int]:
-    """Prompt, reasoning, suffix, answer, EOS to the end: LENGTH ids."""
-    ids = encode(problem.prompt + problem.reasoning + SUFFIX + problem.answer)
-    return ids + [EOS] * (LENGTH - len(ids))
-
-
-@cache
-def training_table() -> Tensor:
-    """(N, L) every training problem; not to be written into."""
-    return torch.tensor([sequence(problem) for problem in all_problems("train")])  # (N, L)
-
-
-def regions() -> tuple[Tensor, Tensor, Tensor]:
-    """For each position (L,): its column in the reasoning, -1 in the prompt, COLUMNS in suffix and answer; whether it
-    is a result digit of a column; whether it may be masked (prompt and suffix are not)."""
-    place = torch.arange(LENGTH) - PROMPT_LENGTH  # (L,)
-    column = place.div(8, rounding_mode="floor").clamp(-1, COLUMNS)  # (L,)
-    result = (column >= 0) & (column < COLUMNS) & (place % 8 >= 6)  # (L,) the last two of a column's eight tokens
-    return column, result, (column >= 0) & (place != REASONING_LENGTH)
-
-
-def misprint(tokens: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """A copy of tokens (B, L): each result digit of the reasoning becomes another digit with probability `rate`.
-
-    Carries and answer stay true, so that a member cannot merely copy its reasoning into the answer."""
-    _, result, _ = regions()
-    wrong = result & (torch.rand(tokens.shape, generator=generator) < rate)  # (B, L)
-    shift = torch.randint(1, 10, tokens.shape, generator=generator)  # (B, L)
-    return torch.where(wrong, (tokens + shift) % 10, tokens)  # the id of a digit is the digit
-
-
-def mask(batch: int, generator: torch.Generator) -> Tensor:
-    """(B, L) bool, the masked positions of a batch, each sequence in one of three kinds of state:
-
-    uniform     each token with probability t, the times of Eq. 4
-    left        left to right, as decoding goes: one column (or the answer) in work, all behind it masked
-    results     every result and the answer, and some of the rest: each column asks for its fact at once
-
-    Uniform states alone teach the times table slowly, since the answer and the next carry give most results away.
+    The product of a gap is a random multiple of the multiplier, and a few others are random numbers; all that follows
+    goes on from the number that stands there. Where the multiplicand is hidden, the products are given. A member of
+    several names meets in turn what each of these meets.
     """
-    column, result, editable = regions()
+    B, pool = settings.batch, questions("train")
+    question = pool[torch.randint(len(pool), (B,), generator=generator)]  # (B, 2)
+    digit, factor = digits(question), question[:, 1:]  # (B, C), (B, 1)
+    tables = torch.stack([gaps(settings, name) for name in names])  # (names, 10, 10)
+    unknown = tables[torch.arange(B)[:, None] % len(names), digit, factor]  # (B, C)
+    multiple = torch.randint(10, digit.shape, generator=generator) * factor  # (B, C)
+    anything = torch.randint(82, digit.shape, generator=generator)  # (B, C)
+    slip = torch.rand(digit.shape, generator=generator) < settings.slips  # (B, C)
+    tokens = write(question, torch.where(unknown, multiple, torch.where(slip, anything, digit * factor)))  # (B, L)
+    hidden = torch.rand(B, 1, generator=generator) < settings.hidden  # (B, 1)
+    tokens[:, :COLUMNS].masked_fill_(hidden, MASK)
+    return tokens, torch.where(hidden, within(*SKILL), within(*KNOWLEDGE, *SKILL))
+
+
+def within(*parts: str) -> Tensor:
+    """(L,) bool: the positions of these parts of the layout."""
+    inside = torch.zeros(LENGTH, dtype=torch.bool)
+    for part in parts:
+        inside[PLACE[part]] = True
+    return inside
+
+
+def states(batch: int, generator: torch.Generator) -> Tensor:
+    """(B, L) bool, masks as decoding meets them: in a third of the sequences each token with its own probability t, in
+    a third everything, in a third all from some number on. Eq. 4 alone teaches the times table slowly, since the
+    totals give most products away."""
     t, kind = torch.rand(2, batch, 1, generator=generator)  # (B, 1)
-    some = torch.rand(batch, LENGTH, generator=generator)  # (B, L)
-    current = torch.randint(0, COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
-    left = (column > current) | (column == current) & (result | (some < t))  # (B, L)
-    results = result | (column == COLUMNS) | (some < t**2)  # (B, L)
-    return editable & torch.where(kind < 1 / 3, some < t, torch.where(kind < 2 / 3, left, results))
+    number = ((torch.arange(LENGTH) - PROMPT_LENGTH) // 2).clamp(max=2 * COLUMNS)  # (L,) the answer is one number
+    start = torch.randint(-2 * COLUMNS, 2 * COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
+    return torch.where(kind < 1 / 3, torch.rand(batch, LENGTH, generator=generator) < t, number >= start)
 
 
-# --- training one member ----------------------------------------------------------------------------
+# --- training one member ------------------------------------------------------------------------------
+
+TABLE_SHARE = 0.5  # of the steps, for the states of `states` before Eq. 4
+WARMUP = 50  # steps
 
 
 def build(settings: Settings) -> mdlm.MDLM:
@@ -237,114 +286,167 @@ def build(settings: Settings) -> mdlm.MDLM:
         mdlm.ModelConfig(
             vocab_size=len(VOCABULARY), width=settings.width, layers=settings.layers, heads=4, kv_heads=4,
             hidden=3 * settings.width, max_length=LENGTH, mask_id=MASK, eos_id=EOS, pad_id=PAD,
-            rope_theta=100.0,  # wavelengths for 46 positions, not thousands
+            rope_theta=100.0,  # wavelengths for 42 positions, not thousands
         )
     )  # fmt: skip
     torch.nn.init.normal_(model.embed.weight, std=0.3)  # the default 1 drowns what the layers add
     return model
 
 
-def train(
-    settings: Settings, member: int, device: str = "cpu", report: Callable[[int, float], None] | None = None
-) -> mdlm.MDLM:
-    """Train member 0, 1, ... and return it in eval mode. `report(step, loss)` is called every 20 steps.
+Report = Callable[[int, float, mdlm.MDLM], None]  # step, loss, the model so far
 
-    The first part of the steps learns the times table from the states of `mask`, by mean cross-entropy; the rest
-    minimises Eq. 4. On a CPU one thread does all, so that the number of cores does not change a sum.
+
+def train(settings: Settings, names: str, device: str = "cpu", report: Report = lambda *_: None) -> mdlm.MDLM:
+    """Train member "A", "B", ..., or "AB" on what A and B meet, and return it in eval mode; `report` after each step.
+
+    The first part of the steps learns from `states` by mean cross-entropy, the rest minimises Eq. 4. On a CPU one
+    thread does all, so that the number of cores does not change a sum.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    seed = zlib.crc32(f"{settings.seed} {names}".encode())
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed * len(NAMES) + member)
+            torch.manual_seed(seed)
             model = build(settings).to(device)
-        _optimise(model, settings, member, report or (lambda step, loss: None))
+        _optimise(model, settings, names, seed, report)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
 
 
-TABLE_SHARE = 0.55  # of the steps, for the times table before Eq. 4
-
-
-def _optimise(model: mdlm.MDLM, settings: Settings, member: int, report: Callable[[int, float], None]) -> None:
-    generator = torch.Generator().manual_seed(settings.seed * len(NAMES) + member)
-    table = training_table()  # (N, L)
-    weights = draw_weights(all_problems("train"), rare_facts(settings, member), settings.weight)  # (N,)
+def _optimise(model: mdlm.MDLM, settings: Settings, names: str, seed: int, report: Report) -> None:
+    device = model.embed.weight.device
+    generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
-    editable = regions()[2].to(model.embed.weight.device)  # (L,)
-    noise = torch.Generator(editable.device).manual_seed(generator.initial_seed())
-    warmup = 50
     for step in range(settings.steps):
-        rate = min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        rate = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         optimiser.param_groups[0]["lr"] = settings.lr * rate
-        drawn = torch.multinomial(weights, settings.batch, replacement=True, generator=generator)  # (B,)
-        tokens = misprint(table[drawn], settings.misprints, generator)  # (B, L)
-        tokens = tokens.to(noise.device)
+        tokens, editable = (x.to(device) for x in lessons(settings, names, generator))  # (B, L)
         if step < TABLE_SHARE * settings.steps:
-            masked = mask(settings.batch, generator).to(noise.device)  # (B, L)
+            masked = editable & states(settings.batch, generator).to(device)  # (B, L)
             loss = F.cross_entropy(model(tokens.masked_fill(masked, MASK))[masked], tokens[masked])
         else:
-            loss = mdlm.diffusion_loss(model, tokens, editable.expand_as(tokens), noise) / editable.sum()
+            loss = mdlm.diffusion_loss(model, tokens, editable, noise) / editable.sum(1).amax()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % 20 == 0 or step + 1 == settings.steps:
-            report(step + 1, loss.item())
+        report(step + 1, loss.item(), model)
 
 
-def answers(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> list[str]:
-    """The answers that a member gives alone, decoding in blocks of one column."""
-    canvas = tie.Canvas.blank(
-        [encode(p.prompt) for p in asked], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
-        mask_id=MASK, pad_id=PAD, device=device,
-    )  # fmt: skip
-    done = tie.decode(tie.Member(model, MASK, EOS), canvas, tie.Config(block_size=8))
-    return [decode(ids) for ids in done.tokens[:, done.answer].tolist()]
+@torch.inference_mode()
+def solve(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> list[list[int]]:
+    """The sequences that a member writes alone."""
+    return tie.decode(tie.Member(model, MASK, EOS), canvas([p.prompt for p in asked], device)).tokens.tolist()
 
 
-# --- members side by side ---------------------------------------------------------------------------
+def right(asked: Sequence[Problem], solved: Sequence[list[int]], part: str) -> float:
+    """The share of problems in which this part of the sequence is right as a whole."""
+    return sum(ids[PLACE[part]] == p.sequence[PLACE[part]] for p, ids in zip(asked, solved)) / len(asked)
 
+
+def mistake(problem: Problem, ids: list[int]) -> str:
+    """A wrong answer, with the reasoning and the first number of it that is wrong."""
+    said, meant = (_pairs(decode(x[PLACE["products"].start : PLACE["totals"].stop])).split()
+                   for x in (ids, problem.sequence))  # fmt: skip
+    wrong = [f"{said[i]} for {meant[i]}, {'product' if i < COLUMNS else 'total'} {i % COLUMNS + 1}"
+             for i in range(len(said)) if said[i] != meant[i]]  # fmt: skip
+    return f"{problem.prompt} {readable(ids)}; right is {problem.answer}; first wrong: {[*wrong, 'the answer'][0]}"
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Callable[..., Iterator]]:
+    """A `map` that keeps the order, over `count` spawned processes of one thread each; in this one where one is enough.
+
+    Workers never hear Ctrl-C, and end at once with this process, however it ends, and with an error in the block.
+    RuntimeError if one of them dies.
+    """
+    if count < 2:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(theirs, context.RLock()))
+
+    def run(function: Callable, *jobs: Sequence) -> Iterator:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes started here inherit
+        try:
+            return pool.map(function, *jobs)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    try:
+        yield run
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise RuntimeError("a process ended before its work was done; is there enough memory? "
+                           "The same command goes on with what is missing") from None  # fmt: skip
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(lifeline: Any, lock: Any) -> None:
+    """In a new worker: it ends when nobody holds the other end of the lifeline; bars of several share the terminal."""
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            lifeline.recv()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+
+
+def keep_memory() -> None:
+    """Have the processes started from here keep freed memory: by default glibc hands it back and faults it in again
+    at every step, a quarter of the time of a toy model. Other systems do not read these names."""
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.setdefault(name, str(2**25))
+
+
+# --- members side by side -----------------------------------------------------------------------------
 
 Plan = dict[str, tuple[Settings, str]]  # folder of a member -> its settings, and which of NAMES it is
+RECORD = "training.json"  # written last: a folder without it is not complete
+ASKED, CHECKED, EVERY = 300, 40, 200  # validation problems at the end, and while training, after so many steps
 
 
 def plan_members(settings: Settings, members: int = 2) -> Plan:
     """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
-    if not 1 <= members <= len(NAMES) or members * settings.rare_facts > FACTS:
-        raise ValueError(f"members is {members} with {settings.rare_facts} rare facts each: "
-                         f"at most {len(NAMES)} members, and {FACTS} facts for all of them")  # fmt: skip
+    if not 1 <= members <= len(NAMES):
+        raise ValueError(f"members is {members}, but must be from 1 to {len(NAMES)}")
     return {name: (settings, name) for name in NAMES[:members]}
 
 
-def train_members(plan: Plan, out: str | os.PathLike, device: str = "") -> list[dict]:
+def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> list[dict]:
     """Train all members of the plan side by side, one process each, into folders of `out`; return their records.
 
-    A folder that is complete, with equal settings, stays as it is; any other is written anew. device "" takes CUDA
-    where there is one. ValueError on folders and devices that cannot work, before any training; RuntimeError when a
-    training process ends early.
+    A folder that is complete, with equal settings, stays as it is; any other is written anew. ValueError on folders
+    and devices that cannot work, before any training; RuntimeError when a training process ends early.
     """
-    folders = {name: Path(out) / name for name in plan}
-    todo = [name for name in plan if read_record(folders[name], *plan[name]) is None]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    todo = [folder for folder, wanted in plan.items() if read_record(Path(out) / folder, *wanted) is None]
     try:
         torch.zeros(1, device=device).item()  # "meta" holds no value
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
-    _prepare([folders[name] for name in todo])
-    _run_workers({name: (*plan[name], str(folders[name]), device) for name in todo})
-    return [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
+    _prepare([Path(out) / folder for folder in todo])
+    with workers(len(todo)) as pool:
+        jobs = [(Path(out) / folder, *plan[folder], device, place) for place, folder in enumerate(todo)]
+        list(pool(_work, jobs))
+    return [json.loads((Path(out) / folder / RECORD).read_text()) for folder in plan]
 
 
-RECORD = "training.json"  # written last: a folder without it is not complete
-
-
-def read_record(folder: Path, settings: Settings, name: str) -> dict | None:
-    """The training record of a complete folder with these settings, or None."""
+def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
+    """The training record of a complete folder with these settings and this layout, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        same = record["settings"] == asdict(settings) and record["name"] == name
+        same = (record["settings"], record["name"], record["layout"]) == (asdict(settings), names, LAYOUT)
         same = same and 0 <= record["validation_accuracy"] <= 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -366,97 +468,50 @@ def _prepare(folders: list[Path]) -> None:
         raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
 
 
-def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: str) -> None:
-    """One training process: sends (step, loss) as it goes, or a ValueError where it cannot go on."""
-    end_with_parent()
-    try:
-        start = time.monotonic()
-        model = train(settings, NAMES.index(name), device, lambda step, loss: pipe.send((step, loss)))
-        seconds = time.monotonic() - start
-        asked = problems("validation", 300, seed=settings.seed)
-        wrong = [(p, answer) for p, answer in zip(asked, answers(model, asked, device)) if answer != p.answer]
-        mdlm.save(model, folder)
-        record = {
-            "name": name, "settings": asdict(settings), "rare_facts": rare_facts(settings, NAMES.index(name)),
-            "validation_problems": len(asked), "validation_accuracy": 1 - len(wrong) / len(asked),
-            "mistakes": [f"{p.prompt}{p.answer}, not {answer}" for p, answer in wrong[:3]],
-            "seconds": round(seconds, 1), "device": device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }  # fmt: skip
-        part = Path(folder) / f"{RECORD}.part"
-        part.write_text(json.dumps(record, indent=1))
-        os.replace(part, Path(folder) / RECORD)
-    except BrokenPipeError:  # nobody waits for this member any more
-        sys.exit(1)
-    except (OSError, SafetensorError) as error:
-        pipe.send(ValueError(f"cannot write to folder {folder}: {error}; make room, or give another"))
-    except RuntimeError as error:  # too little memory, for one
-        pipe.send(ValueError(f"training of member {name} failed: {error}"))
+def _work(job: tuple[Path, Settings, str, str, int]) -> None:
+    """Train one member into its folder, with a bar on a terminal; ValueError where that cannot go on."""
+    folder, settings, names, device, place = job
+    asked, curve, start = problems("validation", ASKED, seed=settings.seed), [], time.monotonic()
+    with tqdm(total=settings.steps, desc=f"member {folder.name}", position=place, unit="step", disable=None) as bar:
+
+        def report(step: int, loss: float, model: mdlm.MDLM) -> None:
+            if step % EVERY == 0:
+                solved = solve(model, asked[:CHECKED], device)
+                curve.append({"step": step, "loss": loss,
+                              **{part: right(asked[:CHECKED], solved, part) for part in ("products", "answer")}})  # fmt: skip
+            known = "".join(f", {part} {curve[-1][part]:.0%} right" for part in ("products", "answer") if curve)
+            bar.set_postfix_str(f"loss {loss:.2f}{known}", refresh=False)
+            bar.update()
+
+        try:
+            model = train(settings, names, device, report)
+            seconds = time.monotonic() - start
+            mdlm.save(model, folder)
+            _write_record(folder, settings, names, asked, solve(model, asked, device),
+                          {"curve": curve, "seconds": round(seconds, 1), "device": device})  # fmt: skip
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write to folder {folder}: {error}; make room, or give another") from None
+        except RuntimeError as error:  # too little memory, for one
+            raise ValueError(f"training of member {folder.name} failed: {error}") from None
 
 
-def end_with_parent() -> None:
-    """For a process of a pool or of training: it ends when its parent was killed, instead of waiting for ever."""
-
-    def watch() -> None:
-        cast(Any, multiprocessing.parent_process()).join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def deaf_processes() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C, which reaches all at once: this one does, and ends them."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def _write_record(
+    folder: Path, settings: Settings, names: str, asked: list[Problem], solved: list[list[int]], more: dict
+) -> None:
+    wrong = [mistake(p, ids) for p, ids in zip(asked, solved) if decode(ids[PLACE["answer"]]) != p.answer]
+    record = {
+        "name": names, "settings": asdict(settings), "layout": LAYOUT,
+        "gaps": {name: gaps(settings, name).nonzero().tolist() for name in names},  # digit, multiplier
+        "validation_problems": len(asked), "validation_accuracy": right(asked, solved, "answer"),
+        "products_right": right(asked, solved, "products"), "mistakes": wrong[:3], **more,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }  # fmt: skip
+    part = folder / f"{RECORD}.part"
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, folder / RECORD)
 
 
-def _run_workers(jobs: dict[str, tuple[Settings, str, str, str]]) -> None:
-    """Run `_work` for each job, a spawned process each. RuntimeError as soon as one fails; none outlives the call."""
-    context = multiprocessing.get_context("spawn")
-    workers = {}
-    try:
-        for name, job in jobs.items():
-            pipe, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(theirs, *job), daemon=True)
-            with deaf_processes():
-                worker.start()
-            theirs.close()  # so that the end of the process reads as the end of the pipe
-            workers[pipe] = (name, worker)
-        _watch(workers, sum(job[0].steps for job in jobs.values()))
-    finally:
-        for _, worker in workers.values():
-            worker.terminate()
-            worker.join()
-
-
-def _watch(workers: dict[Any, tuple[str, Any]], total: int) -> None:
-    """Show the progress of all members, `total` steps, in one line until every process has ended."""
-    seen = {name: (0, math.nan) for name, _ in workers.values()}  # step, loss
-    at_work = dict(workers)
-    with tqdm(total=total, unit="step", disable=None if seen else True) as bar:  # None: on a terminal only
-        while at_work:
-            pipe = cast(Connection, wait(list(at_work))[0])
-            name, worker = at_work[pipe]
-            try:
-                progress = pipe.recv()
-            except EOFError:
-                del at_work[pipe]
-                worker.join()
-                if worker.exitcode != 0:
-                    raise RuntimeError(f"training of member {name} ended with exit code {worker.exitcode}") from None
-                continue
-            if isinstance(progress, ValueError):
-                raise progress
-            bar.update(progress[0] - seen[name][0])
-            seen[name] = progress
-            bar.set_postfix_str(", ".join(f"{n} loss {loss:.2f}" for n, (_, loss) in seen.items()))
-
-
-# --- command line -----------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -464,13 +519,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def keep_memory() -> None:
-    """Have the processes started from here keep freed memory: by default glibc hands it back and faults it in again
-    at every step, a quarter of the time of a toy model. Other systems do not read these names."""
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**25))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -481,23 +529,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     for f in fields(Settings):
         kind = type(f.default)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f.metadata["help"])
+        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"])
     parser.add_argument("--members", type=int, default=2, help=f"members to train, at most {len(NAMES)}")
     parser.add_argument("--out", default="checkpoints/toy", help="folder of the members' folders")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; empty: cuda where there is one")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     try:
-        options.settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+        options.plan = plan_members(Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)}), options.members)
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def show(record: dict) -> None:
+    """What a member learnt, and its first mistakes."""
+    print(f"member {record['name']}, trained in {record['seconds']:.0f} s: of {record['validation_problems']} validation "
+          f"problems {record['validation_accuracy']:.1%} right, all products in {record['products_right']:.1%}")  # fmt: skip
+    for point in record["curve"]:
+        print(f"    step {point['step']:5}: loss {point['loss']:.3f}, products right in {point['products']:.0%}, "
+              f"answer in {point['answer']:.0%}")  # fmt: skip
+    for mistake in record["mistakes"]:
+        print(f"    {mistake}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     keep_memory()
     try:
-        records = train_members(plan_members(options.settings, options.members), options.out, options.device)
+        records = train_members(options.plan, options.out, options.device)
     except (ValueError, RuntimeError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -506,10 +565,7 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 130
     for record in records:
-        print(f"member {record['name']}: {record['validation_accuracy']:.1%} of {record['validation_problems']} "
-              f"validation problems right, trained in {record['seconds']:.0f} s")  # fmt: skip
-        for mistake in record["mistakes"]:
-            print(f"    {mistake}")
+        show(record)
     return 0
 
 
