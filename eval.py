@@ -1151,7 +1151,7 @@ def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confin
     job = json.dumps([sources, token, writing, limits, nobody]).encode()
     with suppress(RecursionError), open(reading, "rb", buffering=0) as result, \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of a thousand nested folders
-        with subprocess.Popen([*command, _PYTHON, "-I", "-B", "-c", _RUNNER], cwd=folder, env={},
+        with subprocess.Popen([*command, _PYTHON, "-I", "-B", "-c", _RUNNER], cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"},
                               stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                               pass_fds=(writing,), start_new_session=True) as process:
             os.close(writing)
