@@ -184,7 +184,7 @@ def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) ->
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier, kept = read_settings(path) if any(folder.glob("*.jsonl")) and path.exists() else (now, {})
+        earlier, kept = read_settings(path) if any(folder.glob("*.jsonl")) else (now, {})
         differing = [key for key in now if earlier.get(key) != now[key]]
         differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
         if differing:
@@ -198,8 +198,8 @@ def read_settings(path: Path) -> tuple[dict, dict]:
     try:
         read = json.loads(path.read_bytes())
         return dict(**read["settings"]), dict(**read["fingerprints"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{path} is damaged: move it and the records beside it away to start anew") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
 
 
 def environment() -> dict:
@@ -494,13 +494,15 @@ class Toy:
         self.settings = {"task": "toy", "members": self.names, "problems": args.problems,
                          "problem_seed": args.problem_seed, "batch_size": args.batch_size, "device": args.device[0],
                          "dtype": args.dtype, "config": asdict(self.plain.config), "training": asdict(training)}
-        open_results(self.out, self.settings, {"questions": fingerprint(self.plain.questions())})
+        self.prints = {"questions": fingerprint(self.plain.questions())}
+        open_results(self.out, self.settings, self.prints)
 
     def train(self, plan: train_toy.Plan | None = None) -> list[dict]:
         """Those of the plan, by default the first two, that are not trained yet; the records of their training."""
         plan, folder = plan or train_toy.plan_members(self.training), self.plain.folder
         records = train_toy.train_members(plan, folder, self.plain.device)
-        open_results(self.out, self.settings, {f"weights of {name}": fingerprint(folder / name) for name in plan})
+        self.prints |= {f"weights of {name}": fingerprint(folder / name) for name in plan}
+        open_results(self.out, self.settings, self.prints)
         return records
 
     @functools.cached_property
@@ -1559,20 +1561,32 @@ def check_arguments(args: argparse.Namespace, default: Callable[[str], Any], err
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0; 2 for what the user can mend, 1 for what failed on the machine, 130 after Ctrl-C: one line on stderr."""
     try:
         args = parse(argv)
+        if sys.stdout is None:
+            raise RuntimeError("stdout is closed: give the results somewhere to go")
         train_toy.keep_memory()
         run_real(args) if args.members else run_toy(args)
         sys.stdout.flush()
         return 0
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
     except KeyboardInterrupt:
-        print("eval.py: interrupted; with --out the same command goes on from here", file=sys.stderr)
-        return 130
+        told, code = "interrupted; with --out the same command goes on from here", 130
+    except OSError as error:
+        told, code = str(error), 2
+        if error.errno and not error.filename:  # all files are named where they are opened
+            told, code = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results", 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+    except (ValueError, RuntimeError, MemoryError) as error:
+        told, code = str(error) or "not enough memory", 2 if isinstance(error, ValueError) else 1
+    print(f"eval.py: {' '.join(told.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_start)
+    if sys.stderr is None:  # closed: without a stand-in, files and other processes would take its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.set_inheritable(2, True)
+        sys.stderr = open(2, "w")
     sys.exit(main())
