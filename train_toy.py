@@ -1,15 +1,15 @@
 """The toy task and its members: multiplication by one digit, learnt by small MDLMs with gaps in their times tables.
 
-Worked example, six digits by one. Prompt `905173*6=`; reasoning, units first, two digits a number: the products
-`18 42 06 30 00 54` of each digit with the multiplier, then the running totals, product plus carry,
-`18 43 10 31 03 54`; suffix `#` (stands for `Answer:`); answer `5431038`, the last total and the units of the others;
-EOS. A token is a character, blanks are for the reader only: a sequence has 42 tokens.
+Worked example, six digits by one. Prompt `9 0 5 1 7 3*6=`; reasoning: the products of each digit with the multiplier,
+`54 00 30 06 42 18`, then the running totals, product plus carry from the right, `54 03 31 10 43 18`; suffix `#`
+(stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character;
+only the blanks of the prompt are tokens too, so that every number is two tokens wide: what belongs together stands at
+a fixed distance, which rotary attention finds in a third of the time. A sequence has 47 tokens.
 
-The products are knowledge: each member has gaps, facts of the times table that it has met with random results only,
-so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which
-all members have, and which reads the numbers that stand there: in training every second multiplicand is hidden, and
-all that follows a product, right or wrong, goes on from it. Every problem belongs to training, validation or test by
-a fixed hash.
+The products are knowledge. Each member has gaps, facts of the times table that it has met with random results only,
+so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which all
+members have, and which reads: in training every second multiplicand is hidden, with the products given, and all that
+follows a product, right or wrong, goes on from it.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
@@ -25,6 +25,7 @@ import os
 import platform
 import signal
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -48,18 +49,18 @@ import tie
 
 # --- vocabulary and layout --------------------------------------------------------------------------
 
-VOCABULARY = "0123456789*+=#_. "  # a character a token; the last three show the special ids
+VOCABULARY = "0123456789* =#_.~"  # a character a token; the last three show the special ids
 MASK, EOS, PAD = 14, 15, 16
 SUFFIX = "#"
 
-COLUMNS = 6  # digits of the multiplicand; all lengths follow
-LAYOUT = {"prompt": COLUMNS + 3, "products": 2 * COLUMNS, "totals": 2 * COLUMNS, "suffix": len(SUFFIX),
-          "answer": COLUMNS + 2}  # fmt: skip
-_ENDS = [0, *itertools.accumulate(LAYOUT.values())]
-PLACE = {part: slice(start, end) for part, start, end in zip(LAYOUT, _ENDS, _ENDS[1:])}
-KNOWLEDGE, SKILL = ("products",), ("totals", "answer")
-PROMPT_LENGTH, ANSWER_LENGTH, LENGTH = LAYOUT["prompt"], LAYOUT["answer"], _ENDS[-1]
-REASONING_LENGTH = LAYOUT["products"] + LAYOUT["totals"]
+COLUMNS = 6  # C, digits of the multiplicand
+LAYOUT = {"prompt": 2 * COLUMNS + 2, "products": 2 * COLUMNS, "totals": 2 * COLUMNS, "suffix": 1, "answer": COLUMNS + 2}
+PROMPT, PRODUCTS, TOTALS, _, ANSWER = (
+    slice(end - LAYOUT[part], end) for part, end in zip(LAYOUT, itertools.accumulate(LAYOUT.values()))
+)
+REASONING = slice(PRODUCTS.start, TOTALS.stop)
+PROMPT_LENGTH, REASONING_LENGTH, ANSWER_LENGTH = PROMPT.stop, REASONING.stop - REASONING.start, LAYOUT["answer"]
+LENGTH = sum(LAYOUT.values())  # L
 
 
 def encode(text: str) -> list[int]:
@@ -71,52 +72,32 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The text up to the first EOS; a mask shows as `_`, padding as a blank."""
+    """The text up to the first EOS; a mask shows as `_`, padding as `~`."""
     return "".join(VOCABULARY[i] for i in itertools.takewhile(lambda i: i != EOS, ids))
 
 
 def readable(ids: Sequence[int]) -> str:
-    """A whole sequence as a person reads it: products | totals # answer, `_` where masked.
+    """Reasoning and answer of a sequence as a person reads them, `_` where masked.
 
     >>> readable(Problem(905173, 6).sequence)
-    '18 42 06 30 00 54 | 18 43 10 31 03 54 # 5431038'
+    '54 00 30 06 42 18 | 54 03 31 10 43 18 # 5431038'
     """
-    products, totals, answer = ("".join(VOCABULARY[i] for i in ids[PLACE[part]]) for part in (*KNOWLEDGE, *SKILL))
-    return f"{_pairs(products)} | {_pairs(totals)} {SUFFIX} {answer}".replace(VOCABULARY[EOS], "")
-
-
-def _pairs(text: str) -> str:
-    return " ".join(text[i : i + 2] for i in range(0, len(text), 2))
+    text = "".join(VOCABULARY[i] for i in ids)
+    numbers = [text[i : i + 2] for i in range(REASONING.start, REASONING.stop, 2)]
+    parts = (*numbers[:COLUMNS], "|", *numbers[COLUMNS:], SUFFIX, text[ANSWER])
+    return " ".join(parts).rstrip(VOCABULARY[EOS])
 
 
 def canvas(prompts: Sequence[str], device: str = "cpu") -> tie.Canvas:
-    """What a member starts from: one row a prompt, reasoning and answer masked."""
-    return tie.Canvas.blank(
-        [encode(prompt) for prompt in prompts], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
-        mask_id=MASK, pad_id=PAD, device=device,
-    )  # fmt: skip
+    """What a member starts from: a row for each prompt, reasoning and answer masked."""
+    return tie.Canvas.blank([encode(prompt) for prompt in prompts], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
+                            mask_id=MASK, pad_id=PAD, device=device)  # fmt: skip
 
 
 # --- problems ---------------------------------------------------------------------------------------
 
 FACTORS = range(2, 10)  # multipliers, and the digits that make a fact with them: 0 and 1 need no times table
-SPLITS = {"test": (0, 10), "validation": (10, 20), "train": (20, 100)}  # from, to: percent of all problems, by hash
-
-
-def percent(question: Tensor) -> Tensor:
-    """The fixed hash of questions (..., 2), multiplicand and multiplier, in 0..99: Knuth's, of its high bits."""
-    return ((question[..., 0] * 10 + question[..., 1]) * 2654435761 % 2**32 >> 16) % 100
-
-
-@cache
-def questions(split: str) -> Tensor:
-    """(N, 2) multiplicand and multiplier of every problem of a split, 7,200,000 in all three; not to be written into."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    number, factor = torch.arange(10 ** (COLUMNS - 1), 10**COLUMNS), torch.tensor(FACTORS)
-    pairs = torch.cartesian_prod(number, factor)  # (N, 2)
-    low, high = SPLITS[split]
-    return pairs[(percent(pairs) >= low) & (percent(pairs) < high)]
+SPLITS = {"test": range(10), "validation": range(10, 20), "train": range(20, 100)}  # percent of all problems, by hash
 
 
 @dataclass(frozen=True)
@@ -124,37 +105,49 @@ class Problem:
     """One multiplication, as text.
 
     >>> Problem(905173, 6).prompt, Problem(905173, 6).reasoning, Problem(905173, 6).answer
-    ('905173*6=', '184206300054184310310354', '5431038')
+    ('9 0 5 1 7 3*6=', '540030064218540331104318', '5431038')
     """
 
     multiplicand: int
     multiplier: int
 
     @property
-    def question(self) -> Tensor:
-        return torch.tensor([self.multiplicand, self.multiplier])  # (2,)
-
-    @property
     def sequence(self) -> list[int]:
         """Prompt, reasoning, suffix, answer, EOS: LENGTH ids."""
-        question = self.question[None]  # (1, 2)
+        question = torch.tensor([[self.multiplicand, self.multiplier]])  # (1, 2)
         return write(question, digits(question) * self.multiplier)[0].tolist()
 
     @property
     def prompt(self) -> str:
-        return f"{self.multiplicand}*{self.multiplier}="
+        return decode(self.sequence[PROMPT])
 
     @property
     def reasoning(self) -> str:
-        return decode(self.sequence[PLACE["products"].start : PLACE["totals"].stop])
+        return decode(self.sequence[REASONING])
 
     @property
     def answer(self) -> str:
-        return decode(self.sequence[PLACE["answer"]])
+        return decode(self.sequence[ANSWER])
 
     @property
     def split(self) -> str:
-        return next(name for name, (low, high) in SPLITS.items() if low <= percent(self.question) < high)
+        percent = int(hashed(torch.tensor([self.multiplicand, self.multiplier])))
+        return next(name for name, percents in SPLITS.items() if percent in percents)
+
+
+def hashed(question: Tensor) -> Tensor:
+    """A fixed hash, 0 to 99, of questions (..., 2): Knuth's, of its high bits."""
+    return ((question[..., 0] * 10 + question[..., 1]) * 2654435761 % 2**32 >> 16) % 100
+
+
+@cache
+def questions(split: str) -> Tensor:
+    """(N, 2) multiplicand and multiplier of every problem of a split, 7,200,000 in all; not to be written into."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    every = torch.cartesian_prod(torch.arange(10 ** (COLUMNS - 1), 10**COLUMNS), torch.tensor(FACTORS))  # (N, 2)
+    percent = hashed(every)  # (N,)
+    return every[(percent >= SPLITS[split].start) & (percent < SPLITS[split].stop)]
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
@@ -163,28 +156,25 @@ def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     if not 0 <= count <= len(pool):
         raise ValueError(f"count = {count}: the {split} split has {len(pool)} problems")
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return [Problem(*pair) for pair in pool[order[:count]].tolist()]
+    return [Problem(*question) for question in pool[order[:count]].tolist()]
 
 
 def digits(question: Tensor) -> Tensor:
-    """(B, C) the digits of the multiplicands of questions (B, 2), units first."""
-    return question[:, :1] // 10 ** torch.arange(COLUMNS) % 10
+    """(B, C) the digits of the multiplicands of questions (B, 2)."""
+    return question[:, :1] // 10 ** torch.arange(COLUMNS).flip(0) % 10
 
 
 def write(question: Tensor, products: Tensor) -> Tensor:
-    """(B, L) the sequences of questions (B, 2), with these products (B, C), units first, and all that follows them."""
+    """(B, L) the sequences of questions (B, 2) with these products (B, C), and all that follows from them."""
     totals, carry = torch.empty_like(products), torch.zeros_like(products[:, 0])
-    for column in range(COLUMNS):
+    for column in reversed(range(COLUMNS)):
         totals[:, column] = products[:, column] + carry
         carry = totals[:, column] // 10
-    sign = {c: torch.full_like(products[:, :1], i) for i, c in enumerate(VOCABULARY)}  # (B, 1)
-    multiplicand, units = digits(question).flip(1), (totals % 10).flip(1)  # (B, C), as they are read
-    return torch.cat([multiplicand, sign["*"], question[:, 1:], sign["="], _two_digits(products), _two_digits(totals),
-                      sign[SUFFIX], carry[:, None], units, sign[VOCABULARY[EOS]]], 1)  # fmt: skip
-
-
-def _two_digits(numbers: Tensor) -> Tensor:
-    return torch.stack([numbers // 10, numbers % 10], 2).flatten(1)  # (B, 2 C)
+    times, blank, equals, suffix = (torch.full_like(products[:, :1], i) for i in encode("* =" + SUFFIX))  # (B, 1)
+    spaced = torch.stack([digits(question), blank.expand_as(products)], 2).flatten(1)[:, :-1]  # (B, 2 C - 1)
+    numbers = [torch.stack([n // 10, n % 10], 2).flatten(1) for n in (products, totals)]  # (B, 2 C)
+    end = torch.full_like(blank, EOS)  # (B, 1)
+    return torch.cat([spaced, times, question[:, 1:], equals, *numbers, suffix, carry[:, None], totals % 10, end], 1)
 
 
 # --- settings ---------------------------------------------------------------------------------------
@@ -214,7 +204,7 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            low, high, value = f.metadata["low"], f.metadata["high"], getattr(self, f.name)
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not low <= value <= high:
                 raise ValueError(f"{f.name} is {value}, but must be from {low:g} to {high:g}")
         if self.width % 8:
@@ -242,32 +232,27 @@ def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple
     goes on from the number that stands there. Where the multiplicand is hidden, the products are given. A member of
     several names meets in turn what each of these meets.
     """
-    B, pool = settings.batch, questions("train")
-    question = pool[torch.randint(len(pool), (B,), generator=generator)]  # (B, 2)
+    pool, shape = questions("train"), (settings.batch, COLUMNS)
+    question = pool[torch.randint(len(pool), shape[:1], generator=generator)]  # (B, 2)
     digit, factor = digits(question), question[:, 1:]  # (B, C), (B, 1)
     tables = torch.stack([gaps(settings, name) for name in names])  # (names, 10, 10)
-    unknown = tables[torch.arange(B)[:, None] % len(names), digit, factor]  # (B, C)
-    multiple = torch.randint(10, digit.shape, generator=generator) * factor  # (B, C)
-    anything = torch.randint(82, digit.shape, generator=generator)  # (B, C)
-    slip = torch.rand(digit.shape, generator=generator) < settings.slips  # (B, C)
+    unknown = tables[torch.arange(settings.batch)[:, None] % len(names), digit, factor]  # (B, C)
+    slip = torch.rand(shape, generator=generator) < settings.slips  # (B, C)
+    anything = torch.randint(82, shape, generator=generator)  # (B, C)
+    multiple = torch.randint(10, shape, generator=generator) * factor  # (B, C)
     tokens = write(question, torch.where(unknown, multiple, torch.where(slip, anything, digit * factor)))  # (B, L)
-    hidden = torch.rand(B, 1, generator=generator) < settings.hidden  # (B, 1)
-    tokens[:, :COLUMNS].masked_fill_(hidden, MASK)
-    return tokens, torch.where(hidden, within(*SKILL), within(*KNOWLEDGE, *SKILL))
-
-
-def within(*parts: str) -> Tensor:
-    """(L,) bool: the positions of these parts of the layout."""
-    inside = torch.zeros(LENGTH, dtype=torch.bool)
-    for part in parts:
-        inside[PLACE[part]] = True
-    return inside
+    hidden = torch.rand(settings.batch, generator=generator) < settings.hidden  # (B,)
+    tokens[hidden, : PROMPT.stop - 3] = MASK
+    editable = torch.zeros_like(tokens, dtype=torch.bool)  # (B, L)
+    editable[:, PRODUCTS] = ~hidden[:, None]
+    editable[:, TOTALS] = editable[:, ANSWER] = True
+    return tokens, editable
 
 
 def states(batch: int, generator: torch.Generator) -> Tensor:
-    """(B, L) bool, masks as decoding meets them: in a third of the sequences each token with its own probability t, in
-    a third everything, in a third all from some number on. Eq. 4 alone teaches the times table slowly, since the
-    totals give most products away."""
+    """(B, L) bool, masks from which the times table is learnt soon: in a third of the sequences each token with its
+    own probability t, as in Eq. 4; in a third everything, since totals and answer give the products away; in a third
+    all from some number on."""
     t, kind = torch.rand(2, batch, 1, generator=generator)  # (B, 1)
     number = ((torch.arange(LENGTH) - PROMPT_LENGTH) // 2).clamp(max=2 * COLUMNS)  # (L,) the answer is one number
     start = torch.randint(-2 * COLUMNS, 2 * COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
@@ -276,8 +261,8 @@ def states(batch: int, generator: torch.Generator) -> Tensor:
 
 # --- training one member ------------------------------------------------------------------------------
 
-TABLE_SHARE = 0.5  # of the steps, for the states of `states` before Eq. 4
 WARMUP = 50  # steps
+Report = Callable[[int, float, mdlm.MDLM], None]  # step, loss, the model so far
 
 
 def build(settings: Settings) -> mdlm.MDLM:
@@ -293,46 +278,33 @@ def build(settings: Settings) -> mdlm.MDLM:
     return model
 
 
-Report = Callable[[int, float, mdlm.MDLM], None]  # step, loss, the model so far
-
-
 def train(settings: Settings, names: str, device: str = "cpu", report: Report = lambda *_: None) -> mdlm.MDLM:
     """Train member "A", "B", ..., or "AB" on what A and B meet, and return it in eval mode; `report` after each step.
 
-    The first part of the steps learns from `states` by mean cross-entropy, the rest minimises Eq. 4. On a CPU one
-    thread does all, so that the number of cores does not change a sum.
+    Half of the steps learn from `states` by mean cross-entropy, the rest minimise Eq. 4. Repeatable on a CPU with a
+    given number of threads, since that decides the order of sums.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seed = zlib.crc32(f"{settings.seed} {names}".encode())
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = build(settings).to(device)
-        _optimise(model, settings, names, seed, report)
-    finally:
-        torch.set_num_threads(threads)
-    return model.eval()
-
-
-def _optimise(model: mdlm.MDLM, settings: Settings, names: str, seed: int, report: Report) -> None:
-    device = model.embed.weight.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(settings).to(device)
     generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
     for step in range(settings.steps):
         rate = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         optimiser.param_groups[0]["lr"] = settings.lr * rate
         tokens, editable = (x.to(device) for x in lessons(settings, names, generator))  # (B, L)
-        if step < TABLE_SHARE * settings.steps:
+        if 2 * step < settings.steps:
             masked = editable & states(settings.batch, generator).to(device)  # (B, L)
             loss = F.cross_entropy(model(tokens.masked_fill(masked, MASK))[masked], tokens[masked])
         else:
-            loss = mdlm.diffusion_loss(model, tokens, editable, noise) / editable.sum(1).amax()
+            loss = mdlm.diffusion_loss(model, tokens, editable, noise) / (REASONING_LENGTH + ANSWER_LENGTH)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         report(step + 1, loss.item(), model)
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -341,18 +313,14 @@ def solve(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> li
     return tie.decode(tie.Member(model, MASK, EOS), canvas([p.prompt for p in asked], device)).tokens.tolist()
 
 
-def right(asked: Sequence[Problem], solved: Sequence[list[int]], part: str) -> float:
-    """The share of problems in which this part of the sequence is right as a whole."""
-    return sum(ids[PLACE[part]] == p.sequence[PLACE[part]] for p, ids in zip(asked, solved)) / len(asked)
+def right(asked: Sequence[Problem], solved: Sequence[list[int]], place: slice) -> float:
+    """The share of problems in which these positions are all right."""
+    return sum(ids[place] == problem.sequence[place] for problem, ids in zip(asked, solved)) / len(asked)
 
 
 def mistake(problem: Problem, ids: list[int]) -> str:
-    """A wrong answer, with the reasoning and the first number of it that is wrong."""
-    said, meant = (_pairs(decode(x[PLACE["products"].start : PLACE["totals"].stop])).split()
-                   for x in (ids, problem.sequence))  # fmt: skip
-    wrong = [f"{said[i]} for {meant[i]}, {'product' if i < COLUMNS else 'total'} {i % COLUMNS + 1}"
-             for i in range(len(said)) if said[i] != meant[i]]  # fmt: skip
-    return f"{problem.prompt} {readable(ids)}; right is {problem.answer}; first wrong: {[*wrong, 'the answer'][0]}"
+    """What a member wrote, and below it what is right."""
+    return f"{problem.prompt} {readable(ids)}\n{'right:':>{PROMPT_LENGTH}} {readable(problem.sequence)}"
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -360,7 +328,7 @@ def mistake(problem: Problem, ids: list[int]) -> str:
 
 @contextmanager
 def workers(count: int) -> Iterator[Callable[..., Iterator]]:
-    """A `map` that keeps the order, over `count` spawned processes of one thread each; in this one where one is enough.
+    """A `map` that keeps the order, over `count` spawned processes, or here if one is enough.
 
     Workers never hear Ctrl-C, and end at once with this process, however it ends, and with an error in the block.
     RuntimeError if one of them dies.
@@ -383,15 +351,15 @@ def workers(count: int) -> Iterator[Callable[..., Iterator]]:
         yield run
         pool.shutdown()
     except BrokenProcessPool:
-        raise RuntimeError("a process ended before its work was done; is there enough memory? "
-                           "The same command goes on with what is missing") from None  # fmt: skip
+        raise RuntimeError("a process ended before its work was done, as when memory runs out: the same command goes on "
+                           "with what is missing") from None  # fmt: skip
     finally:
         ours.close()
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(lifeline: Any, lock: Any) -> None:
-    """In a new worker: it ends when nobody holds the other end of the lifeline; bars of several share the terminal."""
+    """In a new worker: it ends once nobody holds the other end of the lifeline; the bars of all share the terminal."""
 
     def watch() -> None:
         with suppress(EOFError, OSError):
@@ -400,7 +368,6 @@ def _begin(lifeline: Any, lock: Any) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     tqdm.set_lock(lock)
-    torch.set_num_threads(1)
 
 
 def keep_memory() -> None:
@@ -413,7 +380,7 @@ def keep_memory() -> None:
 # --- members side by side -----------------------------------------------------------------------------
 
 Plan = dict[str, tuple[Settings, str]]  # folder of a member -> its settings, and which of NAMES it is
-RECORD = "training.json"  # written last: a folder without it is not complete
+RECORD, PART = "training.json", "training.json.part"  # written last: a folder without the record is not complete
 ASKED, CHECKED, EVERY = 300, 40, 200  # validation problems at the end, and while training, after so many steps
 
 
@@ -428,25 +395,31 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> li
     """Train all members of the plan side by side, one process each, into folders of `out`; return their records.
 
     A folder that is complete, with equal settings, stays as it is; any other is written anew. ValueError on folders
-    and devices that cannot work, before any training; RuntimeError when a training process ends early.
+    and devices that cannot work, before any training; RuntimeError when a training process dies.
     """
-    todo = [folder for folder, wanted in plan.items() if read_record(Path(out) / folder, *wanted) is None]
+    todo = {Path(out) / name: member for name, member in plan.items() if not read_record(Path(out) / name, *member)}
     try:
         torch.zeros(1, device=device).item()  # "meta" holds no value
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
-    _prepare([Path(out) / folder for folder in todo])
-    with workers(len(todo)) as pool:
-        jobs = [(Path(out) / folder, *plan[folder], device, place) for place, folder in enumerate(todo)]
-        list(pool(_work, jobs))
-    return [json.loads((Path(out) / folder / RECORD).read_text()) for folder in plan]
+    try:
+        for folder in todo:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PART).write_text("")
+        for folder in todo:  # all can be written, and none is complete from now on
+            (folder / RECORD).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
+    with workers(len(todo)) as run:
+        list(run(_work, [(folder, *member, device, place) for place, (folder, member) in enumerate(todo.items())]))
+    return [json.loads((Path(out) / name / RECORD).read_text()) for name in plan]
 
 
 def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
-    """The training record of a complete folder with these settings and this layout, or None."""
+    """The training record of a complete folder of this member, or None."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        same = (record["settings"], record["name"], record["layout"]) == (asdict(settings), names, LAYOUT)
+        same = (record["name"], record["settings"], record["layout"]) == (names, asdict(settings), LAYOUT)
         same = same and 0 <= record["validation_accuracy"] <= 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -454,61 +427,40 @@ def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
     return record if same and files else None
 
 
-def _prepare(folders: list[Path]) -> None:
-    """Make the folders and check that all can be written; only then take old records away: none is complete now."""
-    folder = Path()
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{RECORD}.part").write_text("")
-            (folder / f"{RECORD}.part").unlink()
-        for folder in folders:
-            (folder / RECORD).unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
-
-
 def _work(job: tuple[Path, Settings, str, str, int]) -> None:
     """Train one member into its folder, with a bar on a terminal; ValueError where that cannot go on."""
     folder, settings, names, device, place = job
+    torch.set_num_threads(1)  # the members share the cores
     asked, curve, start = problems("validation", ASKED, seed=settings.seed), [], time.monotonic()
     with tqdm(total=settings.steps, desc=f"member {folder.name}", position=place, unit="step", disable=None) as bar:
 
         def report(step: int, loss: float, model: mdlm.MDLM) -> None:
             if step % EVERY == 0:
-                solved = solve(model, asked[:CHECKED], device)
-                curve.append({"step": step, "loss": loss,
-                              **{part: right(asked[:CHECKED], solved, part) for part in ("products", "answer")}})  # fmt: skip
-            known = "".join(f", {part} {curve[-1][part]:.0%} right" for part in ("products", "answer") if curve)
+                some = asked[:CHECKED], solve(model, asked[:CHECKED], device)
+                curve.append({"step": step, "loss": loss, "products": right(*some, PRODUCTS), "answer": right(*some, ANSWER)})
+            known = ", products {products:.0%} right, answer {answer:.0%}".format_map(curve[-1]) if curve else ""
             bar.set_postfix_str(f"loss {loss:.2f}{known}", refresh=False)
             bar.update()
 
         try:
             model = train(settings, names, device, report)
-            seconds = time.monotonic() - start
             mdlm.save(model, folder)
-            _write_record(folder, settings, names, asked, solve(model, asked, device),
-                          {"curve": curve, "seconds": round(seconds, 1), "device": device})  # fmt: skip
+            solved = solve(model, asked, device)
+            wrong = [mistake(p, ids) for p, ids in zip(asked, solved) if decode(ids[ANSWER]) != p.answer]
+            record = {
+                "name": names, "settings": asdict(settings), "layout": LAYOUT,
+                "gaps": [gaps(settings, name).nonzero().tolist() for name in names],  # digit, multiplier
+                "validation_problems": ASKED, "validation_accuracy": right(asked, solved, ANSWER),
+                "products_right": right(asked, solved, PRODUCTS), "mistakes": wrong[:3], "curve": curve,
+                "seconds": round(time.monotonic() - start, 1), "device": device,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            }  # fmt: skip
+            (folder / PART).write_text(json.dumps(record, indent=1))
+            os.replace(folder / PART, folder / RECORD)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot write to folder {folder}: {error}; make room, or give another") from None
         except RuntimeError as error:  # too little memory, for one
             raise ValueError(f"training of member {folder.name} failed: {error}") from None
-
-
-def _write_record(
-    folder: Path, settings: Settings, names: str, asked: list[Problem], solved: list[list[int]], more: dict
-) -> None:
-    wrong = [mistake(p, ids) for p, ids in zip(asked, solved) if decode(ids[PLACE["answer"]]) != p.answer]
-    record = {
-        "name": names, "settings": asdict(settings), "layout": LAYOUT,
-        "gaps": {name: gaps(settings, name).nonzero().tolist() for name in names},  # digit, multiplier
-        "validation_problems": len(asked), "validation_accuracy": right(asked, solved, "answer"),
-        "products_right": right(asked, solved, "products"), "mistakes": wrong[:3], **more,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }  # fmt: skip
-    part = folder / f"{RECORD}.part"
-    part.write_text(json.dumps(record, indent=1))
-    os.replace(part, folder / RECORD)
 
 
 # --- command line -------------------------------------------------------------------------------------
@@ -528,14 +480,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     for f in fields(Settings):
-        kind = type(f.default)
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"])
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f.metadata["help"])
     parser.add_argument("--members", type=int, default=2, help=f"members to train, at most {len(NAMES)}")
     parser.add_argument("--out", default="checkpoints/toy", help="folder of the members' folders")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     try:
-        options.plan = plan_members(Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)}), options.members)
+        settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+        options.plan = plan_members(settings, options.members)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -543,20 +495,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def show(record: dict) -> None:
     """What a member learnt, and its first mistakes."""
-    print(f"member {record['name']}, trained in {record['seconds']:.0f} s: of {record['validation_problems']} validation "
-          f"problems {record['validation_accuracy']:.1%} right, all products in {record['products_right']:.1%}")  # fmt: skip
-    for point in record["curve"]:
-        print(f"    step {point['step']:5}: loss {point['loss']:.3f}, products right in {point['products']:.0%}, "
-              f"answer in {point['answer']:.0%}")  # fmt: skip
-    for mistake in record["mistakes"]:
-        print(f"    {mistake}")
+    points = ["step {step}: loss {loss:.3f}, products right in {products:.0%}, answer in {answer:.0%}".format_map(point)
+              for point in record["curve"]]  # fmt: skip
+    print("member {name}: {validation_accuracy:.1%} of {validation_problems} validation problems right, all products in "
+          "{products_right:.1%}, trained in {seconds:.0f} s".format_map(record))  # fmt: skip
+    print(textwrap.indent("\n".join(points + record["mistakes"]), "    "))
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     keep_memory()
     try:
-        records = train_members(options.plan, options.out, options.device)
+        for record in train_members(options.plan, options.out, options.device):
+            show(record)
     except (ValueError, RuntimeError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -564,8 +515,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("train_toy.py: interrupted; the same command goes on with the members that are not complete",
               file=sys.stderr)  # fmt: skip
         return 130
-    for record in records:
-        show(record)
     return 0
 
 
