@@ -1588,5 +1588,5 @@ if __name__ == "__main__":
     if sys.stderr is None:  # closed: without a stand-in, files and other processes would take its place
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.set_inheritable(2, True)
-        sys.stderr = open(2, "w")
+        sys.stderr = os.fdopen(2, "w")
     sys.exit(main())

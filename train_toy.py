@@ -16,6 +16,11 @@ Example: python train_toy.py --seed 0 --out checkpoints/toy
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # in the seconds that the import of torch takes, Ctrl-C ends this without a traceback
+    at_start = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import json
@@ -23,7 +28,6 @@ import math
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import textwrap
 import threading
@@ -519,4 +523,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_start)
     sys.exit(main())
