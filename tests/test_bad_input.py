@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -148,12 +149,12 @@ ARGUMENTS = [
     ("eval --table 1 --problems 0", "--problems 0: give 1 to 7212"),
     ("eval --problem-seed 99999999999999999999", "--problem-seed 99999999999999999999: give"),
     ("eval --problem-seed -1", "--problem-seed -1: give"),
-    ("eval --seed -1", "seed is -1, but must be in [0, 2**32)"),
+    ("eval --seed -1", "seed is -1, but must be from 0"),
     ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296, but must be in [0, 2**32)"),
     ("eval --table 1 --seeds 0", "--seeds must be at least 1, not 0"),
     ("eval --trace -1", "--trace must be at least 1, not -1"),
     ("eval --trace 7213", "--trace 7213: give 1 to 7212"),
-    ("eval --steps 0", "steps is 0, but must be at least 1"),
+    ("eval --steps 0", "steps is 0, but must be from 1"),
     ("eval --overconfident B", "'B' is not MEMBER=FACTOR"),
     ("eval --overconfident =2", "'=2' is not MEMBER=FACTOR"),
     ("eval --overconfident C=2", "member A or B"),
@@ -190,16 +191,15 @@ ARGUMENTS = [
     ("train_toy --step 3", "--step"),
     ("train_toy --seeds 3", "--seeds"),
     ("train_toy --steps many", "--steps ... 'many'"),
-    ("train_toy --steps 0", "steps is 0, but must be at least 1"),
-    ("train_toy --seed -1", "seed is -1, but must be in [0, 2**32)"),
-    ("train_toy --weight 0", "weight is 0.0, but must be in (0, 1]"),
-    ("train_toy --weight nan", "weight is nan, but must be in (0, 1]"),
-    ("train_toy --misprints 1", "misprints is 1.0, but must be in [0, 1)"),
-    ("train_toy --lr inf", "lr is inf, but must be in (0, 1)"),
+    ("train_toy --steps 0", "steps is 0, but must be from 1"),
+    ("train_toy --seed -1", "seed is -1, but must be from 0"),
+    ("train_toy --slips nan", "slips is nan, but must be from 0 to 0.99"),
+    ("train_toy --hidden 1", "hidden is 1.0, but must be from 0 to 0.99"),
+    ("train_toy --lr inf", "lr is inf, but must be from 1e-09 to 1"),
     ("train_toy --width 12", "width is 12, but must be a multiple of 8"),
-    ("train_toy --rare-facts 40", "40 rare facts each: at most"),
-    ("train_toy --members 0", "members is 0 ... at most"),
-    ("train_toy --members 5", "members is 5 ... at most"),
+    ("train_toy --gaps 17", "gaps is 17, but must be from 0 to 16"),
+    ("train_toy --members 0", "members is 0, but must be from 1 to 4"),
+    ("train_toy --members 5", "members is 5, but must be from 1 to 4"),
     ("train_toy --device abacus --out checkpoints/toy-seed0 --seed 1", "device 'abacus' ... try cpu"),
     ("train_toy --device meta --out checkpoints/toy-seed0 --seed 1", "device 'meta' ... try cpu"),
 ]
@@ -344,7 +344,7 @@ def untrained(folder):
     for name in "AB":
         torch.manual_seed(ord(name))
         mdlm.save(train_toy.build(train_toy.Settings()), folder / name)
-        trained = {"settings": asdict(train_toy.Settings()), "name": name, "validation_accuracy": 0.5}
+        trained = {"settings": asdict(train_toy.Settings()), "name": name, "layout": train_toy.LAYOUT, "validation_accuracy": 0.5}
         (folder / name / train_toy.RECORD).write_text(json.dumps(trained))
 
 
@@ -369,7 +369,8 @@ def place(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(train_toy, "_run_workers", lambda jobs, *_: jobs and pytest.fail("training began"))
+    monkeypatch.setattr(train_toy, "_work", lambda job: pytest.fail("training began"))
+    monkeypatch.setattr(train_toy, "workers", lambda count: nullcontext(map))
     return tmp_path / "place"
 
 

@@ -54,8 +54,8 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     methods = [(row["method"], row["score"]) for row in table["rows"]]
     assert methods[:4] == [("member A", None), ("member B", None), ("oracle", None), ("post-generation", None)]
     assert methods[4:] == [("tie", score) for score in tie.SCORES]
-    T, M, rounds = 38, 2, 9
-    expected = [T, T, M * T, M * T, M * T] + [M * T + rounds * M * (M - 1)] * 3
+    T, M, relays = 32, 2, 15
+    expected = [T, T, M * T, M * T, M * T] + [M * T + relays * M * (M - 1)] * 3
     assert [row["forwards"] for row in table["rows"]] == expected
     assert all(0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1 for row in table["rows"])
     assert {"name", "difference", "ci95"} == set(table["comparisons"][0])
@@ -63,7 +63,7 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     assert len(files) == 5
     for rows in files.values():
         assert len({row["id"] for row in rows}) == len(rows) == 6
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 4
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 2
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, here, capsys):
@@ -91,9 +91,21 @@ def test_the_table_names_every_method(checkpoints, here, capsys):
 def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys):
     assert run("--checkpoints", checkpoints, "--trace", 2) == 0
     out = capsys.readouterr().out
-    assert out.count("round 1, step 4") == 2 and out.count("round 10, step 38") == 2
-    assert out.count("relayed to all") == 18
-    assert "_" * 28 in out and out.count("answer ") == 2
+    assert out.count("round 1, step 2\n") == 2 and out.count("round 16, step 32\n") == 2
+    assert out.count("relayed to all") == 30
+    assert "__ __ | __ __ __ __ __ __ # ________" in out and out.count("answer ") == 2
+
+
+def test_problems_that_no_member_solves_alone_have_a_line_of_their_own(capsys):
+    alone = [{"correct": c, "winner": 0, "forwards": 2.0, "leaders": [], "tcc": [0, 0]}
+             for c in ([True, False], [False, False], [False, False], [False, True])]  # fmt: skip
+    ours = [{**r, "correct": [c, c]} for r, c in zip(alone, (True, True, False, False))]
+    table = evaluation.main_table({"post-generation": alone, "tie token_change_count": ours}, "AB")
+    *others, row = table["rows"]
+    assert row["none_alone"] == {"value": 0.5, "n": 2}
+    assert not any("none_alone" in other for other in others)
+    evaluation.show_table(table)
+    assert "token_change_count solves 50.0 % of the 2 problems that no member solves alone" in capsys.readouterr().out
 
 
 # --- figures of merit -----------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ REASONING = slice(train_toy.PROMPT_LENGTH, train_toy.PROMPT_LENGTH + train_toy.R
 def targets(name, prompt):
     """What a fake member wants to say, (2, L): right where it knows the problem, and with help in any case. By chance
     each misses about a third of all problems."""
-    right = torch.tensor(train_toy.sequence(train_toy.Problem(int(prompt[:4]), int(prompt[5]))))  # (L,)
-    known = zlib.crc32(f"{name}{prompt}".encode()) % 3 > 0
+    right = torch.tensor(train_toy.Problem(int(prompt[:11:2]), int(prompt[12])).sequence)  # (L,)
+    known = zlib.crc32(f"{prompt}{name}".encode()) % 3 > 0
     return torch.stack([right if known else torch.where(right < 10, (right + 1) % 10, right), right])
 
 
@@ -90,7 +90,7 @@ def oracle(**config):
     """Result of the algorithm itself, and each candidate's correctness (problems, M)."""
     own = job(factors=config.pop("factors", ()), names=config.pop("names", ("A", "B")))
     problems = own.problems
-    canvas = evaluation.toy_canvas([p.prompt for p in problems])
+    canvas = train_toy.canvas([p.prompt for p in problems])
     members = [fake_member(own, name) for name in own.names]
     result = tie.ensemble(members, [canvas] * len(members), tie.Config(**{"interval": 8, "block_size": 8, **config}))
     right = [[train_toy.decode(c.tokens[b, c.answer].tolist()) == p.answer for c in result.candidates]
@@ -148,13 +148,14 @@ def test_table_1_separates_correct_from_incorrect_answers_of_each_member():
 
 
 def test_table_2_compares_correction_rates_with_one_half():
-    right = {"member A restarted at 33 %": 40 * [True], "member A restarted at 50 %": 30 * [True] + 10 * [False],
-             "member B restarted at 33 %": 35 * [True], "member B restarted at 50 %": []}  # fmt: skip
-    records = {name: [{"correct": [r], "winner": 0, "forwards": 38.0} for r in own] for name, own in right.items()}
+    right = {"member A restarted from first 33": 40 * [True], "member A restarted from first 50": 30 * [True] + 10 * [False],
+             "member B restarted from first 33": 35 * [True], "member B restarted from first 50": [],
+             "member A restarted from all reasoning": [True], "member B restarted from all reasoning": [True]}  # fmt: skip
+    records = {name: [{"correct": [r], "winner": 0, "forwards": 32.0} for r in own] for name, own in right.items()}
     table = evaluation.paper_table("2", toy(records))
     assert cell(table, "member A", "first 50 %")["value"] == 0.75
-    wilson = evaluation.accuracy(right["member A restarted at 50 %"])["ci95"]
-    second = table["claims"][0]["comparisons"][1]
+    wilson = evaluation.accuracy(right["member A restarted from first 50"])["ci95"]
+    second = table["claims"][0]["comparisons"][0]
     assert second["difference"] == 0.25 and second["ci95"] == pytest.approx([x - 0.5 for x in wilson])
     assert cell(table, "member B", "first 50 %")["value"] is None and table["claims"][0]["verdict"] == "undecided"
 
@@ -191,7 +192,7 @@ def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
         torch.manual_seed(member)
         evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / name)
     own = job(folder=str(tmp_path))
-    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
+    inputs = train_toy.canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
     plain = [member.denoise(*inputs) for member in evaluation.toy_setup(own).members]
     sharp = [member.denoise(*inputs) for member in evaluation.toy_setup(replace(own, factors=(("B", 3.0),))).members]
     assert torch.equal(sharp[0], plain[0]) and torch.allclose(sharp[1], 3 * plain[1])
@@ -202,20 +203,20 @@ def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
 def test_members_are_of_the_dtype_asked_for(tmp_path, dtype):
     evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / "A")
     own = job(folder=str(tmp_path), names=("A",), dtype=dtype)
-    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
+    inputs = train_toy.canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
     assert evaluation.toy_setup(own).members[0].denoise(*inputs).dtype == getattr(torch, dtype or "float32")
 
 
-@pytest.mark.parametrize("steps", [13, 19])
+@pytest.mark.parametrize("steps", [11, 16, 24])
 def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps):
     own = job(names=("A",), restart=("B", steps))
     [start] = evaluation.toy_setup(own).canvases([evaluation.Question("", p.prompt, "") for p in own.problems])
-    member, state = fake_member(own, "B"), evaluation.toy_canvas([p.prompt for p in own.problems])
+    member, state = fake_member(own, "B"), train_toy.canvas([p.prompt for p in own.problems])
     for _ in range(steps):
         state = tie.commit(state, tie.read(member, state, tie.block_ends(state, 8), own.config), own.config)
     assert torch.equal(start.masked, state.masked)
     assert torch.equal(start.tokens[~start.masked], state.tokens[~state.masked])
-    assert (start.masked.sum(1) == 38 - steps).all()
+    assert (start.masked.sum(1) == 32 - steps).all()
     kept = "".join(train_toy.VOCABULARY[i] for i in state.tokens[0, REASONING][:8].tolist())
     assert evaluation.decode_questions(
         evaluation.toy_setup(own), own.config, [evaluation.Question("", own.problems[0].prompt, "")]
@@ -223,14 +224,14 @@ def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps)
 
 
 def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fakes):
-    _, right = oracle(interval=38)
+    _, right = oracle(interval=32)
     alone = [{"correct": row.tolist()} for row in right]
     runs = evaluation.restarts(job(), alone)
-    assert len(runs) == 4
+    assert len(runs) == 6
     for name, own in runs.items():
-        receiver, share = name.split()[1], int(name.split()[4])
+        receiver, share = name.split()[1], name.split()[-1]
         r = "AB".index(receiver)
-        assert own.names == (receiver,) and own.restart == ("BA"[r], {33: 13, 50: 19}[share])
+        assert own.names == (receiver,) and own.restart == ("BA"[r], {"33": 11, "50": 16, "reasoning": 24}[share])
         assert list(own.problems) == [p for p, row in zip(job().problems, right) if row[1 - r] and not row[r]] != []
 
 
@@ -241,8 +242,8 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
     found = tables(capsys, "--table", "all", "--overconfident", "A=5")["tables"]
     assert list(found) == ["1", "2", "3", "5", "6", "7", "8", "9", "10"]
     names = evaluation.METHODS[2:]
-    for n in (4, 8, 16):
-        assert cell(found["6"], f"n = {n}, paper {2 * n}", "accuracy")["value"] == winners(interval=n)
+    for n in (2, 4, 8):
+        assert cell(found["6"], f"n = {n}, paper {4 * n}", "accuracy")["value"] == winners(interval=n)
     for column, normalize in (("without", False), ("with", True)):
         assert cell(found["8"], evaluation.TCC, column)["value"] == winners(normalize=normalize)
     for suffix, sharp in (("", ()), (" overconfident", (("A", 5.0),))):
@@ -250,7 +251,7 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
             expected = winners(score=name[4:], cross_model=cross, factors=sharp)
             assert cell(found["9"], name + suffix, column)["value"] == expected
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
-        result, right = oracle(interval=38, **config)
+        result, right = oracle(interval=32, **config)
         assert cell(found["7"], "member B", speed)["value"] == right[:, 1].mean()
         assert cell(found["7"], "member B", speed)["forwards"] == pytest.approx(result.forwards / 2)
         assert cell(found["7"], evaluation.TCC, speed)["value"] == winners(**config)
@@ -259,8 +260,8 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
               "best model": {"selection": "best_model", "best_model": 1}}  # fmt: skip
     for column, config in chosen.items():
         assert cell(found["10"], evaluation.TCC, column)["value"] == winners(**config)
-    _, alone = oracle(interval=38)
-    counts = oracle(interval=38, normalize=False)[0].tcc.numpy()
+    _, alone = oracle(interval=32)
+    counts = oracle(interval=32, normalize=False)[0].tcc.numpy()
     assert cell(found["1"], "member A", "correct")["value"] == pytest.approx(counts[0][alone[:, 0]].mean())
     values = {c["value"] for number in ("6", "7", "8", "9", "10") for c in found[number]["cells"]}
     assert len(values) > 2  # the fakes tell methods apart
@@ -269,30 +270,25 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
 def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "calibrated", lambda job, name: (name, {"B": 0.5, "A-weak": 3.0}[name]))
     found = tables(capsys, "--table", "own")["tables"]
-    assert list(found) == ["members", "cost", "history", "unequal"]
-    history, logit = evaluation.HISTORY, evaluation.LOGIT
+    assert list(found) == ["members", "cost", "unequal"]
     for m in range(1, 5):
         names = ("A", "B", "C", "D")[:m]
-        result, right = oracle(names=names, interval=38)
+        result, right = oracle(names=names, interval=32)
         for column, value in (("best member", right.mean(0).max()), ("oracle", right.any(1).mean()),
-                              ("post-generation", winners(names=names, interval=38)), ("TIE", winners(names=names))):
+                              ("post-generation", winners(names=names, interval=32)), ("TIE", winners(names=names))):
             assert cell(found["members"], f"M = {m}", column)["value"] == value
         for column, share in (("best member", 1 / m), ("oracle", 1), ("TIE", 1)):
             assert cell(found["members"], f"M = {m}", column)["forwards"] == pytest.approx(result.forwards * share)
-    assert cell(found["cost"], "best member, greedy", "accuracy")["value"] == winners(names=("B",), interval=38)
+    assert cell(found["cost"], "best member, greedy", "accuracy")["value"] == winners(names=("B",), interval=32)
     longer = cell(found["cost"], "best member, trained twice as long", "accuracy")
-    assert longer["value"] == winners(names=("B-long",)) and longer["forwards"] == 38
+    assert longer["value"] == winners(names=("B-long",)) and longer["forwards"] == 32
+    assert cell(found["cost"], "one member, training and forwards of both", "accuracy")["forwards"] == 64
     votes = [cell(found["cost"], f"best member, vote of {m} samples", "accuracy") for m in (2, 3, 4)]
-    assert [entry["forwards"] for entry in votes] == pytest.approx([38 * m for m in (2, 3, 4)])
-    for n in (4, 8, 16):
-        assert cell(found["history"], history, f"n = {n}")["value"] == winners(score="top1_history", interval=n)
-        assert cell(found["history"], evaluation.TCC, f"n = {n}")["value"] == winners(interval=n)
-    for name in logit:
-        assert cell(found["history"], name, "n = 4")["value"] == winners(score=name[4:], interval=4)
+    assert [entry["forwards"] for entry in votes] == pytest.approx([32 * m for m in (2, 3, 4)])
     pair, factors = ("B", "A-weak"), (("B", 0.5), ("A-weak", 3.0))
     for place, row in enumerate(("the better member", "the weaker one")):
         assert cell(found["unequal"], row, "as trained")["value"] == winners(names=pair[place : place + 1])
-    for name in (*logit, history):
+    for name in evaluation.LOGIT:
         assert cell(found["unequal"], name, "as trained")["value"] == winners(names=pair, score=name[4:])
         expected = winners(names=pair, score=name[4:], factors=factors)
         assert cell(found["unequal"], name, "calibrated")["value"] == expected
@@ -301,12 +297,13 @@ def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys, monk
 
 def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them():
     settings = train_toy.Settings()
-    assert evaluation.own_plan(["1", "history"], settings, "B", "A") == {}
+    assert evaluation.own_plan(["1"], settings, "B", "A") == {}
     plan = evaluation.own_plan(["members", "cost", "unequal"], settings, "B", "A")
     assert plan == {
         **{name: (settings, name) for name in "ABCD"},
         "B-long": (replace(settings, steps=2 * settings.steps), "B"),
-        "A-weak": (replace(settings, weight=settings.weight / 8), "A"),
+        "union": (replace(settings, steps=2 * settings.steps), "BA"),
+        "A-weak": (replace(settings, gaps=2 * settings.gaps), "A"),
     }
 
 
@@ -338,8 +335,8 @@ def test_calibration_undoes_a_factor_on_the_logits(fakes):
 
 
 def test_most_selected_is_that_of_the_algorithm(fakes):
-    result, right = oracle(interval=6)  # six relays, so that members can lead equally often
-    expected, _ = oracle(interval=6, selection="most_selected")
+    result, right = oracle(interval=5)  # six relays, so that members can lead equally often
+    expected, _ = oracle(interval=5, selection="most_selected")
     for b in range(PROBLEMS):
         record = {"correct": right[b], "leaders": result.leaders[:, b].tolist(), "winner": int(result.winner[b])}
         assert evaluation.most_selected(record) == int(expected.winner[b])
@@ -353,7 +350,7 @@ def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
     assert {number: whole[number] for number in first} == first
     assert max(Counter(fakes).values()) == 1
     configurations = {(own.config, own.names, own.factors, own.restart) for own in fakes}
-    assert len(configurations) == 22 + 4 == len(list(tmp_path.glob("*.jsonl")))
+    assert len(configurations) == 22 + 6 == len(list(tmp_path.glob("*.jsonl")))
     before = len(fakes)
     assert tables(capsys, "--table", "all", "--out", tmp_path)["tables"] == whole
     assert len(fakes) == before
@@ -390,7 +387,7 @@ def test_tables_name_title_paper_and_verdict(fakes, capsys):
     out = capsys.readouterr().out
     assert out.count("\nTable ") == 3 and "40.88" in out and "83.17" in out
     assert all(any(word in line for word in ("holds", "hold (", "undecided")) for line in out.split("\n")
-               if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
+               if line.startswith(("The lowest C~", "The answer tokens", "Restarted from the")))  # fmt: skip
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -406,8 +403,8 @@ def test_figures_are_drawn(fakes, capsys, tmp_path):
 def test_figure_1_shows_the_scores_after_every_step(fakes):
     own = evaluation.toy_runs(job(), (("B", 4.0),))["member A probability_margin"]
     records = evaluation.decode_job(own)
-    member, canvas = fake_member(own, "A"), evaluation.toy_canvas([p.prompt for p in own.problems])
-    for step in range(37):
+    member, canvas = fake_member(own, "A"), train_toy.canvas([p.prompt for p in own.problems])
+    for step in range(31):
         canvas = tie.commit(canvas, tie.read(member, canvas, tie.block_ends(canvas, 8), own.config), own.config)
         places = torch.arange(canvas.answer.start, canvas.answer.stop).expand(PROBLEMS, -1)
         logits = member.denoise(canvas.tokens.masked_fill(canvas.masked, train_toy.MASK), places, None)
@@ -424,7 +421,7 @@ def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
     settings = train_toy.Settings()
     for name in "AB":  # complete folders, so that nothing is trained
         evaluation.mdlm.save(train_toy.build(settings), tmp_path / "toy-seed0" / name)
-        record = {"settings": asdict(settings), "name": name, "validation_accuracy": 0.5}
+        record = {"settings": asdict(settings), "name": name, "layout": train_toy.LAYOUT, "validation_accuracy": 0.5}
         (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
     found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
     assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
