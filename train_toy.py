@@ -1,10 +1,10 @@
 """The toy task and its members: multiplication by one digit, learnt by small MDLMs with gaps in their times tables.
 
 Worked example, six digits by one. Prompt `9 0 5 1 7 3*6=`; reasoning: the products of each digit with the multiplier,
-`54 00 30 06 42 18`, then the running totals, product plus carry from the right, `54 03 31 10 43 18`; suffix `#`
-(stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character;
-only the blanks of the prompt are tokens too, so that every number is two tokens wide: what belongs together stands at
-a fixed distance, which rotary attention finds in a third of the time. A sequence has 47 tokens.
+`54 00 30 06 42 18`, then the running totals, product plus carry, in the order of adding, `18 43 10 31 03 54`; suffix
+`#` (stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character;
+only the blanks of the prompt are tokens too, so that a product stands at the same distance from its digit in every
+column, which rotary attention finds in a third of the time. A sequence has 47 tokens.
 
 The products are knowledge. Each member has gaps, facts of the times table that it has met with random results only,
 so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which all
@@ -84,7 +84,7 @@ def readable(ids: Sequence[int]) -> str:
     """Reasoning and answer of a sequence as a person reads them, `_` where masked.
 
     >>> readable(Problem(905173, 6).sequence)
-    '54 00 30 06 42 18 | 54 03 31 10 43 18 # 5431038'
+    '54 00 30 06 42 18 | 18 43 10 31 03 54 # 5431038'
     """
     text = "".join(VOCABULARY[i] for i in ids)
     numbers = [text[i : i + 2] for i in range(REASONING.start, REASONING.stop, 2)]
@@ -109,7 +109,7 @@ class Problem:
     """One multiplication, as text.
 
     >>> Problem(905173, 6).prompt, Problem(905173, 6).reasoning, Problem(905173, 6).answer
-    ('9 0 5 1 7 3*6=', '540030064218540331104318', '5431038')
+    ('9 0 5 1 7 3*6=', '540030064218184310310354', '5431038')
     """
 
     multiplicand: int
@@ -176,7 +176,7 @@ def write(question: Tensor, products: Tensor) -> Tensor:
         carry = totals[:, column] // 10
     times, blank, equals, suffix = (torch.full_like(products[:, :1], i) for i in encode("* =" + SUFFIX))  # (B, 1)
     spaced = torch.stack([digits(question), blank.expand_as(products)], 2).flatten(1)[:, :-1]  # (B, 2 C - 1)
-    numbers = [torch.stack([n // 10, n % 10], 2).flatten(1) for n in (products, totals)]  # (B, 2 C)
+    numbers = [torch.stack([n // 10, n % 10], 2).flatten(1) for n in (products, totals.flip(1))]  # (B, 2 C)
     end = torch.full_like(blank, EOS)  # (B, 1)
     return torch.cat([spaced, times, question[:, 1:], equals, *numbers, suffix, carry[:, None], totals % 10, end], 1)
 
