@@ -80,8 +80,11 @@ class Setup:
 @torch.inference_mode()  # beside tie's own no_grad: a few per cent faster
 def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]) -> list[Record]:
     """Decode one batch and grade every candidate; one record a question."""
-    result = tie.ensemble(setup.members, setup.canvases(questions), config)
-    records = []
+
+    def finite(values: torch.Tensor) -> list[float | None]:  # JSON knows no infinity
+        return [x if math.isfinite(x) else None for x in values.tolist()]
+
+    result, records = tie.ensemble(setup.members, setup.canvases(questions), config), []
     for b, question in enumerate(questions):
         regions = [(c.tokens[b, c.reasoning].tolist(), c.tokens[b, c.answer].tolist()) for c in result.candidates]
         texts = [[setup.text(m, ids) for ids in region] for m, region in enumerate(regions)]
@@ -95,11 +98,6 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]
     return records
 
 
-def finite(values: torch.Tensor) -> list[float | None]:
-    """JSON knows no infinity."""
-    return [x if math.isfinite(x) else None for x in values.tolist()]
-
-
 # --- records on disk ----------------------------------------------------------------------------------
 
 
@@ -109,14 +107,14 @@ def check_record(record: Record, members: int) -> None:
     by_member = [((str,), record["answers"]), ((bool,), record["correct"]), ((list,), record["texts"]),
                  ((float,), record["tcc"]), (maybe, record["top1"]), *((maybe, relay) for relay in record["scores"])]
     single = [((str,), [record["id"]]), ((float,), [record["forwards"]]), ((int,), chosen)]
-    if not all(type(values) is list and len(values) == members for _, values in by_member):
-        raise ValueError("not a value a member")
-    if not all(type(value) in kinds for kinds, values in by_member + single for value in values):
-        raise TypeError("a value of another kind")
-    if not all(math.isfinite(x) for _, values in by_member + single for x in values if type(x) is float):
-        raise ValueError("a number without end")
-    if not set(chosen) <= set(range(members)) or "gold" not in record:
-        raise ValueError("no such member, or no gold answer")
+    typed = [(kinds, value) for kinds, values in by_member + single for value in values]
+    if not (
+        all(type(values) is list and len(values) == members for _, values in by_member)
+        and all(type(value) in kinds for kinds, value in typed)
+        and all(math.isfinite(value) for _, value in typed if type(value) is float)
+        and set(chosen) <= set(range(members)) and "gold" in record
+    ):  # fmt: skip
+        raise ValueError("not what was written")
 
 
 class Records:
@@ -211,8 +209,8 @@ def environment() -> dict:
     }
 
 
-MEMBER_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json",
-                "tokenizer_config.json", "vocab.json", "merges.txt"]  # fmt: skip
+MEMBER_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+                "vocab.json", "merges.txt"]  # fmt: skip
 
 
 def fingerprint(source: list[Question] | Path) -> str:
@@ -274,26 +272,26 @@ class Run(Method):
     @property
     def most_selected(self) -> Method:
         """The candidate of the member that led most often; among equals the winner, as in `tie.select`."""
-        def place(record: Record) -> int:
-            leads = [record["leaders"].count(m) for m in range(len(self.names))]
-            return leads.index(max(leads)) if leads.count(max(leads)) == 1 else record["winner"]
-
-        return self.pick([r["correct"][place(r)] for r in self.records], len(self.names))
+        right = []
+        for r in self.records:
+            leads = [r["leaders"].count(m) for m in range(len(self.names))]
+            right.append(r["correct"][leads.index(max(leads)) if leads.count(max(leads)) == 1 else r["winner"]])
+        return self.pick(right, len(self.names))
 
     def vote(self, count: int) -> Method:
-        return self.pick([r["correct"][most_frequent(r["answers"][:count], r["tcc"])] for r in self.records], count)
+        """The most frequent of the first answers; of equally frequent ones that of lowest C~."""
+        right = []
+        for r in self.records:
+            answers = r["answers"][:count]
+            rank = [(-answers.count(answer), r["tcc"][m]) for m, answer in enumerate(answers)]
+            right.append(r["correct"][rank.index(min(rank))])
+        return self.pick(right, count)
 
     def tcc(self, member: str) -> dict[str, np.ndarray]:
         """C~(T) of a member, where nothing is relayed, for its correct and its incorrect answers."""
         m = self.names.index(member)
         counts = np.array([r["tcc"][m] for r in self.records])  # (problems,)
         return {"correct": counts[self.right[:, m]], "incorrect": counts[~self.right[:, m]]}
-
-
-def most_frequent(answers: list[str], tcc: list[float]) -> int:
-    """The place of the most frequent answer; of equally frequent ones that of lowest C~."""
-    most = max(map(answers.count, answers))
-    return min((m for m, answer in enumerate(answers) if answers.count(answer) == most), key=lambda m: tcc[m])
 
 
 def accuracy(correct: Iterable[bool]) -> dict:
