@@ -25,6 +25,7 @@ import csv
 import functools
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -386,7 +387,7 @@ def percent(value: float | None, signed: bool = False) -> str:
     return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
-def figure(entry: dict, value: float | None, unit: str = "%", signed: bool = False) -> str:
+def figure(entry: dict[str, Any], value: float | None, unit: str = "%", signed: bool = False) -> str:
     """A value with its interval or its standard deviation over seeds."""
     if value is None:
         return "no sample"
@@ -513,12 +514,16 @@ class Toy:
     def other(self) -> str:
         return next(name for name in self.names if name != self.best)
 
-    def run(self, members: Sequence[str] | None = None, *, problems: Sequence[train_toy.Problem] | None = None,
-            restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any) -> Run:  # fmt: skip
-        """What these members, by default the first two, decode: on first use, over all cores; equal settings are one run."""
-        job = replace(self.plain, names=tuple(members or self.names), config=replace(self.plain.config, **config),
-                      restart=restart, temperature=temperature)  # fmt: skip
-        job = job if problems is None else replace(job, problems=tuple(problems))
+    def job(self, members: Sequence[str] | None = None, *, problems: Sequence[train_toy.Problem] | None = None,
+            restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any) -> Job:  # fmt: skip
+        """By default of the first two members, all problems, and the command's own settings."""
+        return replace(self.plain, names=tuple(members or self.names), config=replace(self.plain.config, **config),
+                       problems=self.plain.problems if problems is None else tuple(problems), restart=restart,
+                       temperature=temperature)  # fmt: skip
+
+    def run(self, *members: Sequence[str], **changes: Any) -> Run:
+        """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
+        job = self.job(*members, **changes)
         if job not in self.runs:
             self.runs[job] = Run(self.decode(job), job.names)
         return self.runs[job]
@@ -754,26 +759,20 @@ def draw_figure_1(toy: Toy, path: Path) -> None:
     panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
-        run, sizes = toy.run([name], score=score, interval=1), []  # a relay to itself, scored, after each step
-        values = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
+        run, panel, sizes = toy.run([name], score=score, interval=1), panels[i][m], []  # relays to itself, to be scored
+        scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
+        curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
         for label, chosen, line in (("correct", run.correct, "C0-"), ("incorrect", ~run.correct, "C3--")):
             sizes.append(f"{chosen.sum()} {label}")
-            if chosen.any():
-                draw_mean(panels[i][m], values[chosen] * (-1 if score == "negative_entropy" else 1), line, label)
-        panels[i][m].set(ylabel="" if m else labels[i], xlabel="decoding step" if i == 2 else "",
-                         title="" if i else f"member {name} alone: {', '.join(sizes)}")  # fmt: skip
-        panels[i][m].legend()
+            own, steps = curves[chosen], np.arange(1, curves.shape[1] + 1)
+            mean, half = own.mean(0), 1.96 * own.std(0) / np.sqrt(np.maximum(own.count(0), 1))
+            panel.plot(steps, mean, line, label=label)
+            panel.fill_between(steps, mean - half, mean + half, color=line[:2], alpha=0.2, linewidth=0)
+        panel.set(ylabel="" if m else labels[i], xlabel="decoding step" if i == 2 else "",
+                  title="" if i else f"member {name} alone: {', '.join(sizes)}")  # fmt: skip
+        panel.legend()
     sheet.suptitle("Confidence over the masked answer positions; mean and 95 % band")
     sheet.savefig(path, dpi=150)
-
-
-def draw_mean(panel: Any, values: np.ndarray, line: str, label: str) -> None:
-    """The mean of curves (problems, steps) with its 95 % band; NaN where a problem has no answer token left."""
-    curves = np.ma.masked_invalid(values)
-    mean, half = curves.mean(0), 1.96 * curves.std(0) / np.sqrt(np.maximum(curves.count(0), 1))
-    steps = np.arange(1, len(mean) + 1)
-    panel.plot(steps, mean, line, label=label)
-    panel.fill_between(steps, mean - half, mean + half, color=line[:2], alpha=0.2, linewidth=0)
 
 
 def draw_figure_3(toy: Toy, path: Path) -> None:
@@ -801,17 +800,13 @@ FIGURES = {"figure1.png": draw_figure_1, "figure3.png": draw_figure_3}
 
 
 def prepare_figures(folder: Path) -> None:
-    """ValueError, before anything is trained, where no figure can be drawn or saved."""
-    try:
-        import matplotlib  # noqa: F401
-
+    """ValueError or OSError, before anything is trained, where no figure can be drawn or saved."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+    with file_errors("use --figure", folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "figure.part").touch()
         (folder / "figure.part").unlink()
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
-    except OSError as error:
-        raise ValueError(f"cannot use --figure {folder}: {error.strerror}; give a folder that can be written") from None
 
 
 def show_trace(toy: Toy, unsolved: bool) -> None:
@@ -840,29 +835,29 @@ def show_trace(toy: Toy, unsolved: bool) -> None:
         print(f"answer {answer} of {names[winner]}: {outcome}   (C~ over the whole decoding: {tcc})")
 
 
-# --- real checkpoints on the paper's benchmarks -----------------------------------------------------
+# --- real checkpoints on the paper's benchmarks -------------------------------------------------------
 
 
 def member_folder(given: str) -> Path:
     """A local folder as it is; else the files that a member is read from, fetched from the Hub by its name there."""
     if Path(given).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         return Path(given)
-    from huggingface_hub import snapshot_download  # it comes with tokenizers
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    import huggingface_hub
+    from huggingface_hub import errors
 
     try:
-        return Path(snapshot_download(given, allow_patterns=MEMBER_FILES))
-    except GatedRepoError:
+        return Path(huggingface_hub.snapshot_download(given, allow_patterns=MEMBER_FILES))
+    except errors.GatedRepoError:
         mend = f"its owners ask you to accept their terms: do so at https://huggingface.co/{given}, then `hf auth login`"
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         mend = "no such folder here, and no such model on the Hub: check the name"
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online, or copy it"
     raise ValueError(f"--members {given}: {mend}")
 
 
-def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[tie.Member]:
-    """LLaDA and Dream from their folders; all tokenizers are read and checked before the first weight is."""
+def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[Any]:
+    """LLaDA and Dream as `tie.Member`s; all tokenizers are read and checked before the first weight is."""
     codecs: list[mdlm.TextCodec] = []
     for folder in folders.values():
         codec = mdlm.load_codec(folder)
@@ -880,9 +875,8 @@ def real_setup(members: list[Any], task: str, run_code: str | None) -> Setup:
     def canvas(member: Any, questions: list[Question]) -> tie.Canvas:
         codec, device = member.codec, member.denoise.embed.weight.device
         prompts, suffix = [codec.encode_prompt(q.prompt) for q in questions], codec.encode(benchmark.suffix)
-        reasoning_length = benchmark.length - len(suffix) - benchmark.answer_length
-        return tie.Canvas.blank(prompts, suffix, reasoning_length, benchmark.answer_length,
-                                mask_id=codec.mask_id, pad_id=codec.pad_id, device=device)  # fmt: skip
+        lengths = benchmark.length - len(suffix) - benchmark.answer_length, benchmark.answer_length
+        return tie.Canvas.blank(prompts, suffix, *lengths, mask_id=codec.mask_id, pad_id=codec.pad_id, device=device)
 
     def text(m: int, ids: list[int]) -> str:
         said = [*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]
@@ -903,24 +897,36 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
     """Decode the questions that have no record yet, in batches that are the same after an interruption."""
-    done = [q for q in questions if q.id in file.done]
-    with tqdm(total=len(questions), initial=len(done), unit="question", disable=None) as bar:
+    with tqdm(total=len(questions), initial=sum(q.id in file.done for q in questions), unit="question", disable=None) as bar:
         for i in range(0, len(questions), batch_size):
             batch = questions[i : i + batch_size]
             if new := [q for q in batch if q.id not in file.done]:
                 file.add(decode_questions(setup, config, batch))
                 bar.update(len(new))
-            right = [r["correct"][r["winner"]] for r in (file.done[q.id] for q in questions if q.id in file.done)]
-            bar.set_postfix(accuracy=percent(sum(right) / len(right)))
+            records = [file.done[q.id] for q in questions if q.id in file.done]
+            bar.set_postfix(accuracy=percent(float(np.mean([r["correct"][r["winner"]] for r in records]))))
 
 
 def processes() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
-    given = [os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
-    if not all(re.fullmatch(r"\d{1,6}", text) for text in given) or int(given[0]) >= int(given[1]):
-        raise ValueError("RANK {}, WORLD_SIZE {}, LOCAL_RANK {} in the environment: unset them, or use torchrun, which "
-                         "sets whole numbers with RANK below WORLD_SIZE".format(*given))  # fmt: skip
-    return int(given[0]), int(given[1]), int(given[2])
+    usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    given = {name: os.environ.get(name, default) for name, default in usual.items()}
+    if not all(re.fullmatch(r"\d{1,6}", text) for text in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise ValueError(f"{given} in the environment: unset them, or use torchrun, whose RANK is below its WORLD_SIZE")
+    rank, world, local = map(int, given.values())
+    return rank, world, local
+
+
+def devices(given: list[str], count: int) -> list[str]:
+    """A device a member: as given, for all or for each."""
+    if len(given) not in (1, count):
+        raise ValueError(f"--device has {len(given)} values for {count} members: give one, or one each")
+    for device in given:
+        try:
+            torch.zeros(1, device=device).item()  # "meta" holds no value
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return given * count if len(given) == 1 else given
 
 
 def run_real(args: argparse.Namespace) -> None:
@@ -937,16 +943,15 @@ def run_real(args: argparse.Namespace) -> None:
     grade(args.task, questions[0], "", args.run_code)  # is there a grader, is code to run, and may it, and can it?
     config = config_of(args, benchmark.interval(args.score), benchmark.answer_window)
     gpu = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    on = devices(args.device or [gpu], len(args.members))
+    places = devices(args.device or [gpu], len(args.members))
     effective = {"task": args.task, "members": args.members, "data": str(args.data), "questions": len(questions),
                  "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}
     folders = {name: member_folder(given) for name, given in args.members.items()}
     prints = {f"weights of {name}": fingerprint(folder) for name, folder in folders.items()}
-    open_results(args.out, effective, prints | {"questions": fingerprint(questions)})
-    members = real_members(folders, on, args.dtype)
+    open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
+    members = real_members(folders, places, args.dtype)
     check_lengths(members, args.task, questions)
-    label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    runs = {}
+    label, runs = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}", {}
     for name, group in ({f"member {m.name}": [m] for m in members} if args.single else {label: members}).items():
         file = Records(args.out, name, len(group), rank)
         decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
@@ -954,32 +959,15 @@ def run_real(args: argparse.Namespace) -> None:
         if len(everything) < len(questions):
             return  # another process is still at work
         runs[name] = Run([everything[q.id] for q in questions], [m.name for m in group])
-    table = main_table(runs)
-    for entry in table["rows"]:
-        entry["paper"] = paper_figure(" ".join(filter(None, (entry["method"], entry["score"]))), args.members, benchmark)
+    table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
+    for row in table["rows"]:  # the paper's figure for the same setting, in Table 4 or 3
+        name = f"{row['method']} {row['score']}".lower()
+        figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
+        row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
     finish(args, effective, table)
 
 
-def devices(given: list[str], count: int) -> list[str]:
-    """A device a member: as given, for all or for each."""
-    if len(given) not in (1, count):
-        raise ValueError(f"--device has {len(given)} values for {count} members: give one, or one each")
-    for device in given:
-        try:
-            torch.zeros(1, device=device).item()  # "meta" holds no value
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    return given * count if len(given) == 1 else given
-
-
-def paper_figure(label: str, names: Iterable[str], benchmark: Benchmark) -> float | None:
-    """The paper's accuracy in % for a row, if it has one: Table 4 where a member is called a coder, else Table 3."""
-    coders = any("coder" in name.lower() for name in names)
-    figures = zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)
-    return next((figure for column, figure in figures if column.lower() in label.lower()), None)
-
-
-# --- answers: what the decoded answer region says, and whether it is right -------------------------------
+# --- answers: what the decoded answer region says, and whether it is right ----------------------------
 
 _BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # with braces inside, three deep
 
@@ -1018,8 +1006,8 @@ def extract_code(text: str) -> str:
     return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
 
 
-# math-verify in a process of its own: an answer that makes it hang or swell ends that process, by the default action of
-# the alarm's signal or by the limit on memory, and nothing else. It ends with its parent, whose end closes its input.
+# math-verify in a process of its own: an answer that makes it hang or swell ends that process, by the alarm's signal,
+# which has its default action there, or by the limit on memory. It ends with its parent, whose end closes its input.
 _GRADER = """
 import json, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
@@ -1035,8 +1023,8 @@ for line in sys.stdin:
 
 @functools.cache
 def _grader() -> Any:
-    process = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # deaf to Ctrl-C
+    process: Any = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # deaf to Ctrl-C
     if process.stdout.readline() != "ready\n":
         raise ValueError("mathematics is graded by math-verify: pip install math-verify")
     return process
@@ -1044,23 +1032,23 @@ def _grader() -> Any:
 
 def math_equal(answer: str, gold: str) -> bool:
     """Whether two plain or LaTeX answers mean the same to math-verify: value, tuple, interval, matrix, or set; within
-    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits, bases are not read: 4210_5 equals 4210_6."""
+    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits; bases are not read: 4210_5 equals 4210_6."""
     if not 0 < len(answer) <= 1000:
         return False
     dressed = [text if re.search(r"(?<!\\)\$.+(?<!\\)\$", text) else f"${text}$" for text in (gold, answer)]
-    said = ""
+    grader, said = _grader(), ""
     with suppress(BrokenPipeError):
-        print(json.dumps(dressed), file=_grader().stdin, flush=True)
-        said = _grader().stdout.readline()
+        print(json.dumps(dressed), file=grader.stdin, flush=True)
+        said = grader.stdout.readline()
     if not said:  # it has ended over this answer; the next has a new one
-        _grader().wait()
+        grader.wait()
         _grader.cache_clear()
     return said == "True\n"
 
 
 _OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
                                     ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
-_PLAIN = [(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"), (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
+_PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3, (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
           (r"\\div(?![a-z])|÷", "/"), (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
           (r"[\[{]", "("), (r"[\]}]", ")")]  # fmt: skip
 
@@ -1079,7 +1067,7 @@ def _value(node: ast.expr) -> Fraction:
 def countdown_correct(answer: str, gold: dict) -> bool:
     """One side of the answer is an expression in + - * / with each number exactly once, and exactly the target."""
     for side in answer[:1000].split("="):
-        for pattern, new in [*_PLAIN[:1] * 3, *_PLAIN]:  # fractions within fractions
+        for pattern, new in _PLAIN:
             side = re.sub(pattern, new, side)
         with suppress(SyntaxError, ArithmeticError, LookupError, RecursionError, MemoryError, ValueError):
             used = sorted(map(int, re.findall("[0-9]+", side)))
@@ -1088,7 +1076,7 @@ def countdown_correct(answer: str, gold: dict) -> bool:
     return False
 
 
-# --- running code: only on request, and confined ------------------------------------------------------------
+# --- running code: only on request, and confined ------------------------------------------------------
 
 _PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)  # in its environment, without ..
 # Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose files are in the
@@ -1119,41 +1107,43 @@ for action in steps():
 """
 
 
-def _confined() -> list[str]:
-    """bubblewrap: own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
+def _bubblewrap() -> list[str]:
+    """Own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
     if not (bwrap := shutil.which("bwrap")):
         raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; or, in a container that confines "
                          "it already, --run-code unconfined")  # fmt: skip
-    bind = []
-    for place in map(Path, ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, (sys.base_prefix, sys.prefix)))):
-        parents = [option for parent in reversed(place.parents) for option in ("--perms", "0755", "--dir", str(parent))]
-        bind += [*parents, "--ro-bind-try", str(place), str(place)]
-    small = [option for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20))
-             for option in ("--perms", "1777", "--size", str(size), "--tmpfs", place)]
+    mounts: list[str] = []
+    for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, (sys.base_prefix, sys.prefix))):
+        for parent in reversed(Path(place).parents):
+            mounts += ["--perms", "0755", "--dir", str(parent)]
+        mounts += ["--ro-bind-try", place, place]
+    mounts += ["--proc", "/proc", "--dev", "/dev"]
+    for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20)):
+        mounts += ["--perms", "1777", "--size", str(size), "--tmpfs", place]
     root = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user"]
     return [bwrap, *root, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-            "--die-with-parent", *bind, "--proc", "/proc", "--dev", "/dev", *small, "--remount-ro", "/dev",
-            "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+            "--die-with-parent", *mounts, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
 
 def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True) -> bool:
     """Whether the Python `sources`, run one after the other as one module, all run through to their ends.
 
-    In bubblewrap, or, unconfined, in a temporary folder with the rights of the user. Isolated interpreter, empty
+    In bubblewrap, or, unconfined, in a temporary folder with the rights of the user. Isolated interpreter, no
     environment, no input, output discarded; limits on wall-clock and CPU time (seconds), memory (bytes), size of files
     and, but for root unconfined, processes. Success is a random token written after the last source, so leaving early
     is failure; a program made to cheat, in the same interpreter, could find it. ValueError without bubblewrap.
     """
-    command, token, (reading, writing) = _confined() if confined else [], os.urandom(16).hex(), os.pipe()
+    command, token, (reading, writing) = _bubblewrap() if confined else [], os.urandom(16).hex(), os.pipe()
     os.set_blocking(reading, False)
     limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}
-    nobody = 65534 if confined and os.getuid() == 0 else None
-    job = json.dumps([sources, token, writing, limits, nobody]).encode()
+    job = json.dumps([sources, token, writing, limits, 65534 if confined and os.getuid() == 0 else None]).encode()
     with suppress(RecursionError), open(reading, "rb", buffering=0) as result, \
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of a thousand nested folders
-        with subprocess.Popen([*command, _PYTHON, "-I", "-B", "-c", _RUNNER], cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"},
-                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              pass_fds=(writing,), start_new_session=True) as process:
+        with subprocess.Popen(
+            [*command, _PYTHON, "-I", "-B", "-c", _RUNNER], cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(writing,),
+            start_new_session=True,
+        ) as process:  # fmt: skip
             os.close(writing)
             try:
                 process.communicate(job, timeout)
@@ -1166,77 +1156,74 @@ def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confin
     return False
 
 
-def passes(program: list[str], confined: bool) -> bool:
-    return run_code(*program, confined=confined)
-
-
 @functools.cache
 def check_sandbox(confined: bool) -> None:
     """ValueError with bubblewrap's own words where it cannot work."""
-    if confined:
-        tried = subprocess.run([*_confined(), _PYTHON, "-c", ""], env={}, capture_output=True, text=True, check=False)
-        if tried.returncode:
-            raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, update "
-                             "bubblewrap, or, in a container that confines it already, --run-code unconfined")
-    if not run_code("import decimal", timeout=30, confined=confined):
-        raise ValueError("--run-code starts no isolated Python here: use Linux")
+    command = [*(_bubblewrap() if confined else []), _PYTHON, "-c", ""]
+    tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+    if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
+        raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, update "
+                         "bubblewrap, or, in a container that confines it already, --run-code unconfined")  # fmt: skip
 
 
-def humaneval_program(answer: str, gold: dict) -> list[str]:
+def humaneval_correct(answer: str, gold: dict, confined: bool) -> bool:
     """The prompt's imports and helpers, the answer, the tests; an answer without the function continues the prompt."""
-    name, head = gold["entry_point"], gold["prompt"][:gold["prompt"].index("def " + gold["entry_point"])]
+    name, head = gold["entry_point"], gold["prompt"][: gold["prompt"].index("def " + gold["entry_point"])]
     if not re.search(rf"^(?:async +)?def +{name}\b|^{name} *=", answer, re.MULTILINE):
         answer = gold["prompt"] + (answer if answer[:1].isspace() else textwrap.indent(answer, "    "))
-    return [head, answer, gold["test"], f"check({name})"]
+    return run_code(head, answer, gold["test"], f"check({name})", confined=confined)
 
 
-def mbpp_program(answer: str, gold: dict) -> list[str]:
-    return [answer, *gold["test_imports"], *gold["test_list"]]
+def mbpp_correct(answer: str, gold: dict, confined: bool) -> bool:
+    return run_code(answer, *gold["test_imports"], *gold["test_list"], confined=confined)
 
 
-# --- the benchmarks ------------------------------------------------------------------------------------------
+# --- the benchmarks -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its file, its settings (Sec. 5.1, App. A.4; lengths in tokens) and the paper's figures in %."""
+    """One benchmark: its settings (Sec. 5.1, App. A.4; lengths in tokens) and the paper's figures in %."""
 
-    name: str  # as in Table 3
     file: str  # what the data must be, for error messages
     template: str
     extract: Callable[[str], str]  # decoded answer region up to EOS -> answer
+    correct: Callable[..., bool]  # (answer, gold), and for code whether it is confined
     length: int  # generation length: reasoning + suffix + answer
     answer_length: int  # our decision, the paper is silent
     tcc_interval: int  # n with token change count; the other scores have 16
-    correct: Callable[[str, Any], bool] | None = None  # (answer, gold); or else:
-    program: Callable[[str, Any], list[str]] = mbpp_program  # (answer, gold) -> what must run through
-    table_3: tuple[float, ...] = ()  # columns as in TABLE_3 and TABLE_4; empty where the paper has no such run
-    table_4: tuple[float, ...] = ()
+    table_3: tuple[float, ...]  # columns as in TABLE_3 and TABLE_4
+    table_4: tuple[float, ...] = ()  # empty where the paper has no such run
     suffix: str = "\nAnswer:"
     answer_window: int | None = None
-    subset: Sequence[str] = ()  # subjects to keep; empty keeps all
+    subset: str = ""  # subjects to keep; empty keeps all
 
     def interval(self, score: str) -> int:
         return self.tcc_interval if score == "token_change_count" else 16
 
 
 # Our own words after simple-evals and, for Countdown, Wang et al. 2026; the two for code as App. A.3 prints them.
-_LAST = ("Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, "
-         "and nothing after it.")
+_LAST = "Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, and nothing after it."
 _CHOICE = f"Answer the multiple choice question below. {_LAST}\n\n{{question}}\n\n{{choices}}"
 _MATHS = f"Solve the mathematics problem below. {_LAST}\n\n{{question}}"
 _COUNTDOWN = ("Make an arithmetic expression with the value {target} from the numbers {numbers}. Use every number "
-              f"exactly once; the operations are + - * / and brackets are allowed. {_LAST}")
+              f"exactly once; the operations are + - * / and brackets are allowed. {_LAST}")  # fmt: skip
 _HUMANEVAL = ("Read the following function signature and docstring, and fully implement the function described. "
-              "Return only the Python function, no explanation.\n\n{prompt}")
+              "Return only the Python function, no explanation.\n\n{prompt}")  # fmt: skip
 _MBPP = "{prompt} Your code should satisfy these tests:\n{tests}\nReturn only the Python function, no explanation."
 
 
 def _choice(question: str, choices: list[str], right: int) -> tuple[dict, str]:
-    letters = "ABCDE"[:len(choices)]
+    letters = "ABCDE"[: len(choices)]
     listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
     form = f"LETTER', where LETTER is one of {', '.join(letters)}"
     return {"question": question.strip(), "choices": listed, "form": form}, letters[right]
+
+
+def _is(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
+    return value
 
 
 def _parse(task: str, row: Any) -> tuple[dict, Any]:
@@ -1254,73 +1241,57 @@ def _parse(task: str, row: Any) -> tuple[dict, Any]:
         gold = str(Fraction(row["answer"].split("####")[1].strip().replace(",", "")))
         return {"question": row["question"], "form": "NUMBER', where NUMBER is the number alone"}, gold
     if task == "math500":
-        gold = _is(str, row["answer"])
-        return {"question": row["problem"], "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, gold
+        form = "ANSWER', where ANSWER is the value alone, in LaTeX"
+        return {"question": row["problem"], "form": form}, _is(str, row["answer"])
     if task == "humaneval":
         row["prompt"].index("def " + row["entry_point"])  # ValueError if it is not there
         return {"prompt": row["prompt"]}, {key: _is(str, row[key]) for key in ("prompt", "entry_point", "test")}
-    if task == "countdown":
-        return _parse_countdown(row)
-    tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
-    return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
-
-
-def _is(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
-    return value
-
-
-def _parse_countdown(row: dict) -> tuple[dict, dict]:
-    """The paper's set {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's input, target as output."""
+    if task == "mbpp":
+        tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
+        return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
+    # The paper's Countdown {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's, target as output.
     numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
     target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
-    gold: dict[str, Any] = {"numbers": [int(number) for number in numbers], "target": int(target)}
-    form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
-    return {"numbers": ", ".join(map(str, gold["numbers"])), "target": gold["target"], "form": form}, gold
+    values, form = [int(number) for number in numbers], "EXPRESSION', where EXPRESSION is the expression without an equals sign"
+    fields = {"numbers": ", ".join(map(str, values)), "target": int(target), "form": form}
+    return fields, {"numbers": values, "target": int(target)}
 
 
 MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
-    "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security "
-    "conceptual_physics elementary_mathematics high_school_biology high_school_computer_science "
-    "high_school_european_history high_school_geography high_school_government_and_politics "
-    "high_school_macroeconomics high_school_microeconomics high_school_psychology high_school_us_history "
-    "high_school_world_history human_aging human_sexuality international_law jurisprudence logical_fallacies "
-    "management marketing medical_genetics miscellaneous nutrition philosophy prehistory public_relations "
-    "security_studies sociology us_foreign_policy world_religions")
-
+    "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security conceptual_physics "
+    "elementary_mathematics high_school_biology high_school_computer_science high_school_european_history "
+    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
+    "high_school_psychology high_school_us_history high_school_world_history human_aging human_sexuality "
+    "international_law jurisprudence logical_fallacies management marketing medical_genetics miscellaneous nutrition "
+    "philosophy prehistory public_relations security_studies sociology us_foreign_policy world_religions"
+)
+TABLE_3 = ("LLaDA", "Dream", "post-generation", *(f"tie {score}" for score in tie.SCORES))
+TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
 _general = functools.partial(Benchmark, template=_CHOICE, extract=extract_letter, correct=operator.eq, length=128,
-                             answer_length=16, tcc_interval=32)
+                             answer_length=16, tcc_interval=32)  # fmt: skip
 _maths = functools.partial(Benchmark, template=_MATHS, correct=math_equal, tcc_interval=16)
 _code = functools.partial(Benchmark, extract=extract_code, length=512, answer_length=480, tcc_interval=32,
-                          suffix="```python\n", answer_window=8)
+                          suffix="```python\n", answer_window=8)  # fmt: skip
 _MMLU = "MMLU's test csv (question, four choices, letter), or a folder of them"
-
-TABLE_3 = ("LLaDA", "Dream", "post-generation", "tie token_change_count", "tie top1_probability",
-           "tie negative_entropy", "tie probability_margin")
-TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
 BENCHMARKS: dict[str, Benchmark] = {
-    "mmlu": _general("MMLU", _MMLU, table_3=(61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)),
-    "mmlu-star": _general("MMLU*", _MMLU, subset=MMLU_STAR.split(),
-                          table_3=(71.45, 77.37, 77.92, 78.12, 77.69, 78.12, 77.61)),
-    "arc-challenge": _general("ARC-C", "ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)",
+    "mmlu": _general(_MMLU, table_3=(61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)),
+    "mmlu-star": _general(_MMLU, table_3=(71.45, 77.37, 77.92, 78.12, 77.69, 78.12, 77.61), subset=MMLU_STAR),
+    "arc-challenge": _general("ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)",
                               table_3=(85.15, 86.69, 88.57, 89.16, 88.82, 88.57, 88.74)),
-    "winogrande": _general("WinoGrande", "WinoGrande's dev.jsonl (sentence, option1, option2, answer)",
+    "winogrande": _general("WinoGrande's dev.jsonl (sentence, option1, option2, answer)",
                            table_3=(71.59, 72.22, 73.72, 72.85, 73.95, 71.90, 73.88)),
-    "gsm8k": _maths("GSM8K", "GSM8K's test.jsonl (question, answer with ####)", extract=extract_number, length=256,
+    "gsm8k": _maths("GSM8K's test.jsonl (question, answer with ####)", extract=extract_number, length=256,
                     answer_length=16, table_3=(78.77, 78.39, 80.29, 83.47, 82.71, 83.62, 82.56)),
-    "math500": _maths("MATH500", "MATH500's test.jsonl (problem, answer)", extract=extract_math, length=512,
+    "math500": _maths("MATH500's test.jsonl (problem, answer)", extract=extract_math, length=512,
                       answer_length=64, table_3=(37.4, 48.0, 43.0, 48.6, 47.0, 45.2, 48.4)),
-    "humaneval": _code("HumanEval", "HumanEval.jsonl, gzipped or not", template=_HUMANEVAL, program=humaneval_program,
+    "humaneval": _code("HumanEval.jsonl, gzipped or not", template=_HUMANEVAL, correct=humaneval_correct,
                        table_3=(45.73, 61.59, 55.49, 54.27, 57.32, 57.93, 57.32), table_4=(72.56, 70.12, 72.56, 72.56)),
     # The paper's figures are multiples of 1/427: it runs all of sanitized MBPP, not the test split alone.
-    "mbpp": _code("MBPP", "sanitized-mbpp.json", template=_MBPP, program=mbpp_program,
+    "mbpp": _code("sanitized-mbpp.json", template=_MBPP, correct=mbpp_correct,
                   table_3=(53.16, 63.23, 62.53, 64.17, 62.06, 62.76, 62.06), table_4=(75.88, 72.60, 76.11, 76.58)),
-    "countdown": Benchmark("Countdown", "a Countdown jsonl (input and output, or nums and target)", template=_COUNTDOWN,
-                           extract=extract_math, correct=countdown_correct, length=256, answer_length=32,
-                           tcc_interval=32, table_3=(13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6))}
-
-
+    "countdown": Benchmark("a Countdown jsonl (input and output, or nums and target)", _COUNTDOWN, extract_math,
+                           countdown_correct, 256, 32, 32, table_3=(13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6)),
+}  # fmt: skip
 LARGEST = 64 << 20  # bytes of a file of questions, unpacked; the owners' have less than one
 
 
@@ -1367,7 +1338,7 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
                 prompt.encode()  # ValueError for half a character, which JSON can hold
             except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{place}: not a row for {task} ({error!r:.200}); give {benchmark.file}") from error
-            if benchmark.subset and subject not in benchmark.subset:
+            if subject not in (benchmark.subset.split() or [subject]):
                 continue
             if str(key) in questions:
                 raise ValueError(f"{place}: {key!r:.80} was there before; give every question once")
@@ -1380,17 +1351,14 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
 def grade(task: str, question: Question, text: str, run_code: bool | str | None = None) -> tuple[str, bool]:
     """(answer, whether it is right) from the decoded answer region up to EOS. Code is run only where run_code asks for
     it: "unconfined", or anything else that is true for bubblewrap."""
-    benchmark = BENCHMARKS[task]
+    benchmark, confined = BENCHMARKS[task], run_code != "unconfined"
     answer = benchmark.extract(text)
-    if benchmark.correct:
+    if benchmark.extract is not extract_code:
         return answer, benchmark.correct(answer, question.gold)
     if not run_code:
         raise ValueError(f"grading {task} runs the model's code: pass --run-code to allow it")
-    check_sandbox(run_code != "unconfined")
-    return answer, passes(benchmark.program(answer, question.gold), run_code != "unconfined")
-
-
-# --- command line ---------------------------------------------------------------------------------------
+    check_sandbox(confined)
+    return answer, benchmark.correct(answer, question.gold, confined)
 
 
 # --- command line -------------------------------------------------------------------------------------
@@ -1432,12 +1400,10 @@ def run_toy(args: argparse.Namespace) -> None:
 
 def toy_result(toy: Toy, names: list[str]) -> dict:
     """The main table; or the tables asked for, with those rows of the main one that they decode."""
-    if not names:
-        return main_table({name: toy.run(**config) for name, config in METHODS.items()})
     toy.run(**METHODS["post-generation"])
     tables = {name: (PAPER | BEYOND)[name](toy) for name in names}
-    jobs = {name: replace(toy.plain, config=replace(toy.plain.config, **config)) for name, config in METHODS.items()}
-    return {**main_table({name: toy.runs[job] for name, job in jobs.items() if job in toy.runs}), "tables": tables}
+    wanted = {name: config for name, config in METHODS.items() if not names or toy.job(**config) in toy.runs}
+    return main_table({name: toy.run(**config) for name, config in wanted.items()}) | ({"tables": tables} if names else {})
 
 
 def joined(results: list[dict], seeds: Iterable[int]) -> dict:
