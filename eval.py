@@ -8,7 +8,7 @@ Examples:
     python eval.py --table 1 6 9                     tables of the paper on the toy, its own figures beside ours
     python eval.py --table all --seeds 3 --out results   all of them, over three trainings
     python eval.py --figure figures                  Fig. 1 and Fig. 3 as PNG
-    python eval.py --members llada=GSAI-ML/LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out gsm8k
+    python eval.py --members llada=GSAI-ML/LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl
 """
 
 from __future__ import annotations
@@ -126,21 +126,18 @@ class Records:
     def __init__(self, folder: Path | None, name: str, members: int, rank: int = 0):
         self.folder, self.name, self.members = folder, name.replace(" ", "-"), members
         self.path = folder / f"{self.name}.{rank}.jsonl" if folder else None
-        if self.path in self.files():
+        self.done = self.of_all_ranks()
+        if self.path and self.path.exists():
             with file_errors("use", self.path):
                 if not (data := self.path.read_bytes()).endswith(b"\n"):
                     os.truncate(self.path, data.rfind(b"\n") + 1)
-        self.done = self.of_all_ranks()
-
-    def files(self) -> list[Path]:
-        """Of every process; a file that was put aside has another name."""
-        pattern = re.compile(rf"{re.escape(self.name)}\.\d+\.jsonl")
-        return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name)) if self.folder else []
 
     def of_all_ranks(self) -> dict[str, Record]:
-        """The records of every process by question, as far as they are written."""
-        records = {}
-        for path in self.files():
+        """The records of every process by question, as far as they are written; a file put aside has another name."""
+        records, pattern = {}, re.compile(rf"{re.escape(self.name)}\.\d+\.jsonl")
+        for path in sorted(self.folder.iterdir()) if self.folder else []:
+            if not pattern.fullmatch(path.name):
+                continue
             with file_errors("read", path):
                 data = path.read_bytes()
             for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
@@ -204,14 +201,13 @@ def read_settings(path: Path) -> tuple[dict, dict]:
 def environment() -> dict:
     """Versions and hardware, for the record."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    hardware = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus}
+    return {"versions": versions, "hardware": hardware}
 
 
-MEMBER_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-                "vocab.json", "merges.txt"]  # fmt: skip
+MEMBER_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+                "tokenizer_config.json", "vocab.json", "merges.txt"]  # fmt: skip
 
 
 def fingerprint(source: list[Question] | Path) -> str:
@@ -324,9 +320,8 @@ def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
 
 def excess(name: str, cell: dict, over: float = 0.0) -> dict:
     """A cell's value as a difference from a constant."""
-    known = cell["value"] is not None
-    return {"name": name, "difference": cell["value"] - over if known else None,
-            "ci95": [x - over for x in cell["ci95"]] if known else None}  # fmt: skip
+    value, ci = cell["value"], cell["ci95"]
+    return {"name": name, "difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
 
 
 def verdict(comparisons: list[dict]) -> str:
@@ -340,7 +335,7 @@ def verdict(comparisons: list[dict]) -> str:
 # --- tables: data, one way to print them, one way to average them over training seeds -----------------
 
 
-def cell(entry: Method | dict) -> dict:
+def cell(entry: Method | dict) -> dict[str, Any]:
     """Of a table: a method's accuracy, or an estimate as it is."""
     if isinstance(entry, dict):
         return entry
@@ -351,13 +346,14 @@ def cell(entry: Method | dict) -> dict:
 class Table:
     """As `--json` has it: shares are fractions, the paper's figures as it prints them."""
 
+    claims: list[dict[str, Any]]
+
     def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, list[dict]], paper: dict | None = None):
         """Rows: a Method or an estimate a column, or one alone, its accuracy. Claims: the differences that decide."""
         grid = {row: own if type(own) is dict else {"accuracy": own} for row, own in rows.items()}
-        self.title = title
+        self.title, columns = title, [*dict.fromkeys(column for own in grid.values() for column in own)]
         self.cells = [{"row": row, "column": column, **cell(entry)} for row, own in grid.items()
                       for column, entry in own.items()]  # fmt: skip
-        columns = list(dict.fromkeys(own["column"] for own in self.cells))
         self.paper = [{"row": f"paper, {row}", "column": column, "value": value}
                       for row, values in (paper or {}).items() for column, value in zip(columns, values)]  # fmt: skip
         self.claims = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
@@ -416,9 +412,8 @@ def show_table(name: str, table: Table, problems: int) -> None:
         grid.setdefault(own["row"], {})[own["column"]] = f"{own['value']:g}"
     show_grid([["", *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in grid.items())])
     for claim in table.claims:
-        differences = [f"{c['name']}: {figure(c, c['difference'], unit, True)}" for c in claim["comparisons"]]
-        text = f"{claim['claim']}: {claim['verdict']} ({'; '.join(differences)})"
-        print(textwrap.fill(text, 120, subsequent_indent="    "))
+        said = "; ".join(f"{c['name']}: {figure(c, c['difference'], unit, True)}" for c in claim["comparisons"])
+        print(textwrap.fill(f"{claim['claim']}: {claim['verdict']} ({said})", 120, subsequent_indent="    "))
 
 
 # --- the toy: members of one training seed, and all that is decoded with them -------------------------
@@ -667,8 +662,8 @@ def table_members(toy: Toy) -> Table:
                          "TIE": runs[m]} for m in SIZES}  # fmt: skip
     further = [difference(f"M = {m + 1} - M = {m}", runs[m + 1], runs[m]) for m in SIZES[:-1]]
     ahead = [difference(f"M = {m}", runs[m], after[m]) for m in SIZES[1:]]
-    return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows,
-                 {"TIE gains with every further member": further, "TIE is ahead of post-generation": ahead})  # fmt: skip
+    claims = {"TIE gains with every further member": further, "TIE is ahead of post-generation": ahead}
+    return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows, claims)
 
 
 def table_cost(toy: Toy) -> Table:
@@ -697,8 +692,8 @@ def table_unequal(toy: Toy) -> Table:
     runs = {name: toy.run([toy.best, weak], **config) for name, config in METHODS.items()}
     better = runs["post-generation"].of(toy.best)
     rows = {"the better member": better, "the weaker one": runs["post-generation"].of(weak)} | runs
-    return Table("a member far weaker than the other, accuracy %", rows, {
-        "TIE is ahead of the better member": [difference(name, runs[name], better) for name in (TCC, *LOGIT)]})  # fmt: skip
+    ahead = [difference(name, runs[name], better) for name in (TCC, *LOGIT)]
+    return Table("a member far weaker than the other, accuracy %", rows, {"TIE is ahead of the better member": ahead})
 
 
 PAPER = {"1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
@@ -723,7 +718,7 @@ def main_table(runs: dict[str, Run]) -> dict:
         return {"rows": rows, "comparisons": []}
     comparisons = [difference(f"{name} - {rival}", run, own) for name, run in runs.items()
                    for rival, own in {"best member": after.best, "post-generation": after}.items() if run is not own]
-    tcc = [{"member": name, **{label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}}
+    tcc = [{"member": name} | {label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}
            for name in after.names]  # fmt: skip
     best = f"member {after.names[after.right.sum(0).argmax()]}"
     return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
@@ -733,7 +728,7 @@ def show_main(table: dict) -> None:
     """Accuracies in percent, differences in percentage points."""
     paper = "paper" if any("paper" in row for row in table["rows"]) else ""
     said = {c["name"]: figure(c, c["difference"], signed=True) for c in table["comparisons"]}
-    lines = [["method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards", paper]]
+    lines = [["method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards"] + [paper]]
     for row in table["rows"]:
         name = " ".join(filter(None, (row["method"], row["score"])))
         lines.append([name, percent(row["accuracy"]), f"[{', '.join(map(percent, row['ci95']))}]",
@@ -742,7 +737,8 @@ def show_main(table: dict) -> None:
     show_grid(lines)
     for row in table["rows"]:
         if (none := row.get("none_alone")) and none["n"]:
-            print(f"{row['score']} solves {percent(none['value'])} % of the {none['n']} problems that no member solves alone")
+            solved = f"{row['score']} solves {percent(none['value'])} %"
+            print(f"{solved} of the {none['n']} problems that no member solves alone")
     for t in table.get("tcc", []):
         means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
         print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
@@ -848,11 +844,11 @@ def member_folder(given: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(given, allow_patterns=MEMBER_FILES))
     except errors.GatedRepoError:
-        mend = f"its owners ask you to accept their terms: do so at https://huggingface.co/{given}, then `hf auth login`"
+        mend = f"its owners ask you to accept their terms: at https://huggingface.co/{given}, then `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         mend = "no such folder here, and no such model on the Hub: check the name"
     except (errors.HfHubHTTPError, OSError) as error:
-        mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online, or copy it"
+        mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online"
     raise ValueError(f"--members {given}: {mend}")
 
 
@@ -897,7 +893,8 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
     """Decode the questions that have no record yet, in batches that are the same after an interruption."""
-    with tqdm(total=len(questions), initial=sum(q.id in file.done for q in questions), unit="question", disable=None) as bar:
+    done = sum(q.id in file.done for q in questions)
+    with tqdm(total=len(questions), initial=done, unit="question", disable=None) as bar:
         for i in range(0, len(questions), batch_size):
             batch = questions[i : i + batch_size]
             if new := [q for q in batch if q.id not in file.done]:
@@ -909,11 +906,11 @@ def decode_share(setup: Setup, config: tie.Config, questions: list[Question], fi
 
 def processes() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
-    usual = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    given = {name: os.environ.get(name, default) for name, default in usual.items()}
-    if not all(re.fullmatch(r"\d{1,6}", text) for text in given.values()) or int(given["RANK"]) >= int(given["WORLD_SIZE"]):
-        raise ValueError(f"{given} in the environment: unset them, or use torchrun, whose RANK is below its WORLD_SIZE")
-    rank, world, local = map(int, given.values())
+    given = [os.environ.get(*pair) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    if not all(re.fullmatch(r"\d{1,6}", text) for text in given) or int(given[0]) >= int(given[1]):
+        raise ValueError("RANK={}, WORLD_SIZE={}, LOCAL_RANK={} in the environment: unset them, or use torchrun, whose "
+                         "RANK is below its WORLD_SIZE".format(*given))  # fmt: skip
+    rank, world, local = map(int, given)
     return rank, world, local
 
 
@@ -1032,7 +1029,7 @@ def _grader() -> Any:
 
 def math_equal(answer: str, gold: str) -> bool:
     """Whether two plain or LaTeX answers mean the same to math-verify: value, tuple, interval, matrix, or set; within
-    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits; bases are not read: 4210_5 equals 4210_6."""
+    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits; bases are not read: 42_5 equals 42_6."""
     if not 0 < len(answer) <= 1000:
         return False
     dressed = [text if re.search(r"(?<!\\)\$.+(?<!\\)\$", text) else f"${text}$" for text in (gold, answer)]
@@ -1048,8 +1045,9 @@ def math_equal(answer: str, gold: str) -> bool:
 
 _OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
                                     ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
-_PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3, (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
-          (r"\\div(?![a-z])|÷", "/"), (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
+_PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3,  # fractions within fractions
+          (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"),
+          (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
           (r"[\[{]", "("), (r"[\]}]", ")")]  # fmt: skip
 
 
@@ -1081,7 +1079,7 @@ def countdown_correct(answer: str, gold: dict) -> bool:
 _PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)  # in its environment, without ..
 # Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose files are in the
 # working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
-# The module is not `__main__`, as in HumanEval's own harness: what a program does when run as a script is no part of it.
+# As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
 _RUNNER = r"""
 import functools, json, os, sys, types
 def steps():
@@ -1113,7 +1111,8 @@ def _bubblewrap() -> list[str]:
         raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; or, in a container that confines "
                          "it already, --run-code unconfined")  # fmt: skip
     mounts: list[str] = []
-    for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *map(os.path.realpath, (sys.base_prefix, sys.prefix))):
+    python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)
+    for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *python):
         for parent in reversed(Path(place).parents):
             mounts += ["--perms", "0755", "--dir", str(parent)]
         mounts += ["--ro-bind-try", place, place]
@@ -1162,8 +1161,8 @@ def check_sandbox(confined: bool) -> None:
     command = [*(_bubblewrap() if confined else []), _PYTHON, "-c", ""]
     tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
     if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
-        raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, update "
-                         "bubblewrap, or, in a container that confines it already, --run-code unconfined")  # fmt: skip
+        raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, "
+                         "update bubblewrap, or, in a container that confines it, --run-code unconfined")  # fmt: skip
 
 
 def humaneval_correct(answer: str, gold: dict, confined: bool) -> bool:
@@ -1203,7 +1202,8 @@ class Benchmark:
 
 
 # Our own words after simple-evals and, for Countdown, Wang et al. 2026; the two for code as App. A.3 prints them.
-_LAST = "Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, and nothing after it."
+_LAST = ("Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, "
+         "and nothing after it.")  # fmt: skip
 _CHOICE = f"Answer the multiple choice question below. {_LAST}\n\n{{question}}\n\n{{choices}}"
 _MATHS = f"Solve the mathematics problem below. {_LAST}\n\n{{question}}"
 _COUNTDOWN = ("Make an arithmetic expression with the value {target} from the numbers {numbers}. Use every number "
@@ -1252,18 +1252,19 @@ def _parse(task: str, row: Any) -> tuple[dict, Any]:
     # The paper's Countdown {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's, target as output.
     numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
     target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
-    values, form = [int(number) for number in numbers], "EXPRESSION', where EXPRESSION is the expression without an equals sign"
-    fields = {"numbers": ", ".join(map(str, values)), "target": int(target), "form": form}
-    return fields, {"numbers": values, "target": int(target)}
+    gold: Any = {"numbers": [int(number) for number in numbers], "target": int(target)}
+    form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
+    return {"numbers": ", ".join(map(str, gold["numbers"])), "target": gold["target"], "form": form}, gold
 
 
 MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
-    "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security conceptual_physics "
-    "elementary_mathematics high_school_biology high_school_computer_science high_school_european_history "
-    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_microeconomics "
-    "high_school_psychology high_school_us_history high_school_world_history human_aging human_sexuality "
-    "international_law jurisprudence logical_fallacies management marketing medical_genetics miscellaneous nutrition "
-    "philosophy prehistory public_relations security_studies sociology us_foreign_policy world_religions"
+    "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security "
+    "conceptual_physics elementary_mathematics high_school_biology high_school_computer_science "
+    "high_school_european_history high_school_geography high_school_government_and_politics "
+    "high_school_macroeconomics high_school_microeconomics high_school_psychology high_school_us_history "
+    "high_school_world_history human_aging human_sexuality international_law jurisprudence logical_fallacies "
+    "management marketing medical_genetics miscellaneous nutrition philosophy prehistory public_relations "
+    "security_studies sociology us_foreign_policy world_religions"
 )
 TABLE_3 = ("LLaDA", "Dream", "post-generation", *(f"tie {score}" for score in tie.SCORES))
 TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
@@ -1403,7 +1404,8 @@ def toy_result(toy: Toy, names: list[str]) -> dict:
     toy.run(**METHODS["post-generation"])
     tables = {name: (PAPER | BEYOND)[name](toy) for name in names}
     wanted = {name: config for name, config in METHODS.items() if not names or toy.job(**config) in toy.runs}
-    return main_table({name: toy.run(**config) for name, config in wanted.items()}) | ({"tables": tables} if names else {})
+    result = main_table({name: toy.run(**config) for name, config in wanted.items()})
+    return {**result, "tables": tables} if names else result
 
 
 def joined(results: list[dict], seeds: Iterable[int]) -> dict:
