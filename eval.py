@@ -728,7 +728,8 @@ def show_main(table: dict) -> None:
     """Accuracies in percent, differences in percentage points."""
     paper = "paper" if any("paper" in row for row in table["rows"]) else ""
     said = {c["name"]: figure(c, c["difference"], signed=True) for c in table["comparisons"]}
-    lines = [["method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards"] + [paper]]
+    heads = ("method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards")
+    lines = [[*heads, paper]]
     for row in table["rows"]:
         name = " ".join(filter(None, (row["method"], row["score"])))
         lines.append([name, percent(row["accuracy"]), f"[{', '.join(map(percent, row['ci95']))}]",
@@ -1252,9 +1253,10 @@ def _parse(task: str, row: Any) -> tuple[dict, Any]:
     # The paper's Countdown {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's, target as output.
     numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
     target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
-    gold: Any = {"numbers": [int(number) for number in numbers], "target": int(target)}
+    values, target = [int(number) for number in numbers], int(target)
     form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
-    return {"numbers": ", ".join(map(str, gold["numbers"])), "target": gold["target"], "form": form}, gold
+    shown = {"numbers": ", ".join(map(str, values)), "target": target, "form": form}
+    return shown, {"numbers": values, "target": target}
 
 
 MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
