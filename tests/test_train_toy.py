@@ -296,9 +296,9 @@ def test_what_a_worker_raises_arrives():
 
 
 def test_a_dead_worker_is_one_clear_line():
-    with pytest.raises(RuntimeError, match=r"^a process ended before [^\n]* goes on with what is missing$"):
-        with toy.workers(2) as run:
-            list(run(die, [3]))
+    message = r"^a process ended before [^\n]* goes on with what is missing$"
+    with pytest.raises(RuntimeError, match=message), toy.workers(2) as run:
+        list(run(die, [3]))
 
 
 def test_workers_end_with_an_error_in_the_block():
@@ -364,7 +364,7 @@ def test_a_folder_whose_record_makes_no_sense_is_not_complete(tmp_path, accuracy
 EARLIER = {"seed": 0, "rare_facts": 16, "weight": 0.05, "misprints": 0.0, "lr": 0.006, **TINY}
 
 
-@pytest.mark.parametrize("changes", [{"settings": EARLIER}, {"layout": None}, {"layout": {**toy.LAYOUT, "prompt": 9}}])
+@pytest.mark.parametrize("changes", [{"settings": EARLIER}, {"layout": None}, {"layout": {**toy.LAYOUT, "answer": 9}}])
 def test_members_of_another_task_are_not_mistaken_for_these(tmp_path, changes):
     folder_with(tmp_path, **changes)
     assert toy.read_record(tmp_path / "A", toy.Settings(**TINY), "A") is None
