@@ -5,7 +5,7 @@ attention and q/k/v biases) that predicts every masked token of a sequence at on
 `tie.Denoiser`: it gives logits at chosen positions only, and `logits[b, k]` is the distribution of
 the token AT `positions[b, k]`. `load` reads a folder of any of the three, `load_codec` its tokenizer.
 
-Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H heads, G key/value heads, E head size.
+Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H heads, G key/value heads, E head_dim.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and habits of one model; the last three fields are what tells the LLaDA and Dream families apart.
+    """Shape and details of one model; the last three fields are what tells the LLaDA and Dream families apart.
 
     Raises ValueError, naming the field, for sizes that do not fit together and ids outside the vocabulary.
     """
@@ -70,13 +70,13 @@ class ModelConfig:
             raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} heads")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-        ends = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
-        if not ends:
+        eos_ids = self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
+        if not eos_ids:
             raise ValueError("eos_id must be an id, or a list of at least one")
-        for name, value in [("mask_id", self.mask_id), ("pad_id", self.pad_id), *(("eos_id", end) for end in ends)]:
+        for name, value in [("mask_id", self.mask_id), ("pad_id", self.pad_id), *(("eos_id", i) for i in eos_ids)]:
             if type(value) is not int or not 0 <= value < self.vocab_size:
                 raise ValueError(f"{name} {value!r} lies outside the vocabulary of {self.vocab_size}")
-        if self.mask_id in (*ends, self.pad_id):
+        if self.mask_id in (*eos_ids, self.pad_id):
             raise ValueError(f"mask_id {self.mask_id} is also eos_id or pad_id; the mask needs an id of its own")
 
 
@@ -92,26 +92,18 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def rotary(positions: Tensor, heads: int, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, L, H * E) of rotary positions (B, L), taken in float32, for heads of `size` E.
-
-    Component i of a head turns with component i + E/2, by the same angle; the sign of the one is in sin.
-    """
-    frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)  # (E/2,)
-    angles = positions[:, :, None].float() * frequency  # (B, L, E/2)
-    cos, sin = angles.cos(), angles.sin()
-    tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, L, E)
-    return tables[0].repeat(1, 1, heads).to(dtype), tables[1].repeat(1, 1, heads).to(dtype)
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, L, E) of rotary positions (B, L), computed in float32, in `dtype`."""
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (E/2,)
+    angles = (positions[:, :, None].float() * frequency).repeat(1, 1, 2)  # (B, L, E)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, size: int) -> Tensor:
-    """Turn heads of `size` E, x (B, L, H * E), by their positions, in the dtype of cos and sin; back in that of x.
-
-    Heads stay side by side, since a CPU takes twice as long for one at a time.
-    """
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, heads, L, E) by cos and sin (B, L, E): component i with i + E/2, in their dtype; back in that of x."""
     y = x.to(cos.dtype)
-    first, second = y.unflatten(-1, (-1, size)).chunk(2, dim=-1)  # (B, L, H, E/2)
-    return torch.addcmul(y * cos, torch.cat([second, first], dim=-1).flatten(2), sin).to(x.dtype)
+    first, second = y.chunk(2, dim=-1)  # (B, heads, L, E/2)
+    return (y * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -119,31 +111,29 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        size = c.width // c.heads  # E
-        self.heads, self.kv_heads, self.size = c.heads, c.kv_heads, size
+        self.heads, self.kv_heads, head_dim = c.heads, c.kv_heads, c.width // c.heads
         self.attn_norm = RMSNorm(c.width, c.norm_eps)
-        self.q = nn.Linear(c.width, c.heads * size, bias=c.qkv_bias)
-        self.k = nn.Linear(c.width, c.kv_heads * size, bias=c.qkv_bias)
-        self.v = nn.Linear(c.width, c.kv_heads * size, bias=c.qkv_bias)
-        self.o = nn.Linear(c.heads * size, c.width, bias=False)
+        self.q = nn.Linear(c.width, c.heads * head_dim, bias=c.qkv_bias)
+        self.k = nn.Linear(c.width, c.kv_heads * head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.width, c.kv_heads * head_dim, bias=c.qkv_bias)
+        self.o = nn.Linear(c.heads * head_dim, c.width, bias=False)
         self.mlp_norm = RMSNorm(c.width, c.norm_eps)
         self.gate = nn.Linear(c.width, c.hidden, bias=False)
         self.up = nn.Linear(c.width, c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, chosen: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None) -> Tensor:
         """x (B, L, D) -> (B, L, D), or (B, K, D) at the positions `chosen` (B, K) alone, which still see all others."""
         y = self.attn_norm(x)
-        width = self.kv_heads * self.size
-        k = rotate(self.k(y), cos[..., :width], sin[..., :width], self.size)  # (B, L, G * E)
-        k, v = (rearrange(z, "b l (g e) -> b g l e", g=self.kv_heads) for z in (k, self.v(y)))
+        k, v = (rearrange(z, "b l (g e) -> b g l e", g=self.kv_heads) for z in (self.k(y), self.v(y)))
+        k = rotate(k, cos, sin)
         if self.kv_heads < self.heads:
             k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
-            x, y, cos, sin = (z.expand(len(x), -1, -1)[rows, chosen] for z in (x, y, cos, sin))  # (B, K, D)
-        q = rearrange(rotate(self.q(y), cos, sin, self.size), "b k (h e) -> b h k e", h=self.heads)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # (B, H, K, E), scale 1 / sqrt(E)
+            x, y, cos, sin = (z.expand(len(x), -1, -1)[rows, chosen] for z in (x, y, cos, sin))  # (B, K, D) or (B, K, E)
+        q = rotate(rearrange(self.q(y), "b k (h e) -> b h k e", h=self.heads), cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, K, E), scale 1 / sqrt(E)
         x = x + self.o(rearrange(y, "b h k e -> b k (h e)"))
         y = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
@@ -176,13 +166,14 @@ class MDLM(nn.Module):
         # alike: rotary attention reads differences only.
         numbers = torch.ones_like(tokens[:1]) if attention_mask is None else attention_mask.long()
         dtype = torch.float32 if c.rope_float32 else x.dtype
-        cos, sin = rotary(numbers.cumsum(1) - 1, c.heads, c.width // c.heads, c.rope_theta, dtype)  # (B or 1, L, D)
+        cos, sin = rotary(numbers.cumsum(1) - 1, c.width // c.heads, c.rope_theta, dtype)  # (B or 1, L, E)
         # Dream's own code also hides real keys from padded queries; no real position can see the difference.
-        visible = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, L)
+        attn_mask = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, L)
         chosen = self._outputs_of(tokens, positions, attention_mask) if c.shift else positions
         for block in self.layers[:-1]:
-            x = block(x, cos, sin, visible, None)
-        x = self.layers[-1](x, cos, sin, visible, chosen)  # (B, K, D): nothing after reads other positions
+            x = block(x, cos, sin, attn_mask, None)
+        # Nothing after the last layer reads other positions: a sixth of the toy's forward, a 36th of LLaDA's.
+        x = self.layers[-1](x, cos, sin, attn_mask, chosen)  # (B, K, D)
         return self.head(self.norm(x))
 
     def _outputs_of(self, tokens: Tensor, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -221,23 +212,23 @@ class Family:
     """How one family's folder maps to MDLM and to its codec."""
 
     fields: dict[str, str]  # field of ModelConfig -> its key in config.json
-    habits: dict[str, bool]  # fields of ModelConfig that the family fixes
-    flags: dict[str, tuple]  # key of config.json -> the values with which MDLM is that model; None is absent
+    overrides: dict[str, bool]  # fields of ModelConfig that the family fixes
+    required: dict[str, tuple]  # key of config.json -> the values with which MDLM is that model; None is absent
     names: dict[str, str]  # part of a tensor's name here -> there; parts not listed are the same
-    ends: tuple[str, ...] = ()  # special tokens that end an answer
+    eos_tokens: tuple[str, ...] = ()  # special tokens that end an answer
     template: str = ""  # chat template of one question
 
 
 _OFF = (None, False)
 FAMILIES = {
-    "mdlm": Family(fields={f.name: f.name for f in fields(ModelConfig)}, habits={}, flags={}, names={}),
+    "mdlm": Family(fields={f.name: f.name for f in fields(ModelConfig)}, overrides={}, required={}, names={}),
     "llada": Family(
         fields={"vocab_size": "vocab_size", "width": "d_model", "layers": "n_layers", "heads": "n_heads",
                 "kv_heads": "n_kv_heads", "hidden": "mlp_hidden_size", "max_length": "max_sequence_length",
                 "mask_id": "mask_token_id", "eos_id": "eos_token_id", "pad_id": "pad_token_id",
                 "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "rope_float32": "rope_full_precision"},
-        habits={},
-        flags={"block_type": ("llama",), "activation_type": ("silu",), "include_bias": (False,), "rope": (True,),
+        overrides={},
+        required={"block_type": ("llama",), "activation_type": ("silu",), "include_bias": (False,), "rope": (True,),
                "layer_norm_type": ("rms",), "layer_norm_with_affine": (True,), "bias_for_layer_norm": _OFF,
                "include_qkv_bias": (False,), "attention_layer_norm": _OFF, "multi_query_attention": _OFF,
                "input_emb_norm": _OFF, "weight_tying": (False,), "scale_logits": _OFF, "alibi": _OFF,
@@ -246,7 +237,7 @@ FAMILIES = {
                "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "attn_out", "mlp_norm": "ff_norm",
                "gate": "ff_proj", "up": "up_proj", "down": "ff_out", "norm": "model.transformer.ln_f",
                "head": "model.transformer.ff_out"},
-        ends=("<|endoftext|>", "<|eot_id|>"),
+        eos_tokens=("<|endoftext|>", "<|eot_id|>"),
         template="<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{trimmed}<|eot_id|>"
                  "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
@@ -255,14 +246,14 @@ FAMILIES = {
                 "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "hidden": "intermediate_size",
                 "max_length": "max_position_embeddings", "mask_id": "mask_token_id", "eos_id": "eos_token_id",
                 "pad_id": "pad_token_id", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"},
-        habits={"qkv_bias": True, "rope_float32": False, "shift": True},
-        flags={"hidden_act": ("silu",), "rope_scaling": (None,), "use_mrope": _OFF, "use_sliding_window": _OFF,
+        overrides={"qkv_bias": True, "rope_float32": False, "shift": True},
+        required={"hidden_act": ("silu",), "rope_scaling": (None,), "use_mrope": _OFF, "use_sliding_window": _OFF,
                "tie_word_embeddings": _OFF},
         names={"embed": "model.embed_tokens", "layers": "model.layers", "attn_norm": "input_layernorm",
                "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
                "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
                "down": "mlp.down_proj", "norm": "model.norm", "head": "lm_head"},
-        ends=("<|endoftext|>", "<|im_end|>"),
+        eos_tokens=("<|endoftext|>", "<|im_end|>"),
         template="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
                  "<|im_start|>assistant\n",
     ),
@@ -328,12 +319,12 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise ValueError(f"{file}: unknown model_type {raw.get('model_type')!r}; give one of {', '.join(FAMILIES)}")
-    for key, allowed in family.flags.items():
+    for key, allowed in family.required.items():
         if raw.get(key) not in allowed:
             raise ValueError(f"{file}: {key} {raw.get(key)!r} is not supported, only {allowed[-1]!r}")
     if missing := [key for key in family.fields.values() if raw.get(key) is None]:
         raise ValueError(f"{file}: {missing[0]!r} is missing; fetch or write the file again")
-    values = {name: raw[key] for name, key in family.fields.items()} | family.habits
+    values = {name: raw[key] for name, key in family.fields.items()} | family.overrides
     values["eos_id"] = tuple(values["eos_id"]) if isinstance(values["eos_id"], list) else values["eos_id"]
     try:
         return family, ModelConfig(**values)
@@ -383,7 +374,7 @@ class TextCodec:
     """
 
     def __init__(self, tokenizer: Tokenizer, family: Family, config: ModelConfig):
-        control, vocabulary = {*family.ends, *re.findall(_SPECIAL, family.template)}, tokenizer.get_vocab()
+        control, vocabulary = {*family.eos_tokens, *re.findall(_SPECIAL, family.template)}, tokenizer.get_vocab()
         if missing := sorted(control - vocabulary.keys()):
             raise ValueError(f"it has no token {missing[0]}; is it of another model?")
         self._control = {token: vocabulary[token] for token in control}
@@ -396,7 +387,7 @@ class TextCodec:
         self._tokenizer, self._template = tokenizer, family.template
         self.vocabulary = _token_bytes(tokenizer, config)
         self.mask_id, self.pad_id = config.mask_id, config.pad_id
-        self.eos_id = tuple(vocabulary[token] for token in family.ends)
+        self.eos_id = tuple(vocabulary[token] for token in family.eos_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Ids of exactly this text: nothing added, nothing normalised, and no text becomes a special token."""

@@ -188,7 +188,7 @@ def own_work(bench: Bench) -> None:
             case = bench.case(shape, batch, short=True)
             calls, _ = forwards(*case)
             times = bench.interleave({"TIE": partial(tie.ensemble, *case), "bare": partial(replay, calls)})
-            bar = {("toy", 64): (0, 1.25), ("wide", 16): (0, 1.05)}.get((shape, batch))
+            bar = {("toy", 1): (0, 1.3), ("wide", 1): (0, 1.05)}.get((shape, batch))
             what = f"a  {shape}, batch {batch}: TIE / its {len(calls)} bare forwards"
             bench.show(what, over(times["TIE"], times["bare"]), bar, bench.note(times["TIE"]))
         if bench.device != "cpu":
@@ -198,7 +198,7 @@ def own_work(bench: Bench) -> None:
 
 def first_wait(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config) -> str:
     """What synchronises in the steps of a round, as `tie.generate` makes them once it has read their number, or ""."""
-    runs = [tie.Run(member, canvas, config) for member, canvas in zip(members, canvases)]
+    runs = [tie.Run(m, member, canvas, config) for m, (member, canvas) in enumerate(zip(members, canvases))]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(config.interval):
@@ -214,14 +214,14 @@ def first_wait(members: list[tie.Member], canvases: list[tie.Canvas], config: ti
 def one_step(member: tie.Member, device: str, batch: int, length: int) -> dict[str, Job]:
     """One forward and its reading: TIE's own, or logits and softmax at the whole sequence, in two precisions."""
     canvas = blank(member, (length - sum(BIG_LAYOUT[1:]), *BIG_LAYOUT[1:]), batch, device)
-    ends = tie.block_ends(canvas, 16)
+    run = tie.Run(0, member, canvas, tie.Config())
 
     def everywhere(dtype: torch.dtype) -> Tensor:
         logits = member.denoise(canvas.tokens, None, None)  # type: ignore[arg-type]  # (B, L, V)
         return logits.softmax(-1, dtype=dtype).gather(-1, logits.argmax(-1, keepdim=True))  # (B, L, 1)
 
     return {
-        "needed": lambda: tie.read(member, canvas, ends, tie.Config()),
+        "needed": lambda: run.read(canvas),
         "float32": lambda: everywhere(torch.float32),
         "float64": lambda: everywhere(torch.float64),
     }
@@ -315,6 +315,12 @@ class Bytes:
         return bytes(ids)
 
 
+def relay_first(runs: list[tie.Run]) -> None:
+    """A relay as `tie.ensemble` makes it, the first member leading every row."""
+    received = [[tie.receive(run, sender) for sender in runs] for run in runs]
+    tie.relay(runs, received, [], torch.zeros_like(runs[0].forwards))
+
+
 def relays(bench: Bench, batch: int = 64) -> None:
     """e. From one member to one other, 256 positions, half of them committed to text."""
     jobs: dict[str, Job] = {}
@@ -322,9 +328,8 @@ def relays(bench: Bench, batch: int = 64) -> None:
         pair = [tie.Member(lambda *inputs: inputs[0], mask_id=256, eos_id=257, codec=codec) for codec in codecs]
         canvas = blank(pair[0], (64, 160, 8, 24), batch, bench.device, steps=92)
         canvas.tokens[~canvas.masked] += 48  # digits
-        runs = [tie.Run(member, canvas, tie.Config()) for member in pair]
-        leader = torch.zeros(batch, dtype=torch.int64, device=bench.device)  # (B,)
-        jobs[kind] = partial(tie.relay, runs, leader, [])
+        runs = [tie.Run(m, member, canvas, tie.Config()) for m, member in enumerate(pair)]
+        jobs[kind] = partial(relay_first, runs)
         jobs[kind]()
     for kind, times in bench.interleave(jobs).items():
         row = [seconds / batch * 1e6 for seconds in times]

@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
@@ -47,12 +48,13 @@ class State:
 
 
 def guess(logits: list[float], mask_id: int) -> Guess:
-    kept = [NEVER if v == mask_id else logit for v, logit in enumerate(logits)]
-    weights = [math.exp(logit - max(kept)) for logit in kept]
+    """The mask token takes its share of the probability, but is nobody's prediction."""
+    weights = [math.exp(logit - max(logits)) for logit in logits]
     p = [weight / sum(weights) for weight in weights]
-    first, second = sorted(p, reverse=True)[:2]
-    entropy = -sum(x * math.log(x) for x in p if x > 0)
-    return Guess(p.index(first), first, -entropy, first - second, tuple(logits))
+    others = [v for v in range(len(p)) if v != mask_id]
+    token = max(others, key=lambda v: logits[v])
+    first, second = sorted((p[v] for v in others), reverse=True)[:2]
+    return Guess(token, first, sum(x * math.log(x) for x in p if x > 0), first - second, tuple(logits))
 
 
 def look(member: tie.Member, state: State) -> dict[int, Guess]:
@@ -110,33 +112,56 @@ def masked_blocks(state: State, size: int) -> list[list[int]]:
     return [block for block in masked if block]
 
 
-def commit(state: State, guesses: dict[int, Guess], block: list[int], config: tie.Config) -> None:
+def told(index: int, guesses: dict[int, Guess], block: list[int], shift: float = 0.0) -> SimpleNamespace:
+    """What a commit rule may look at, one row of it, all its numbers shifted a little."""
+    parts = zip(*[guesses[i][1:4] for i in block])
+    probability, negative_entropy, margin = (torch.tensor([part]) + shift for part in parts)  # (1, masks of the block)
+    tokens, masked = torch.tensor([[guesses[i].token for i in block]]), torch.ones(1, len(block), dtype=torch.bool)
+    return SimpleNamespace(
+        member=index, positions=torch.tensor([block]), masked=masked, token=tokens, confidence=probability,
+        entropy=shift - negative_entropy, margin=margin,
+    )  # fmt: skip
+
+
+def chosen_by(rule, index: int, guesses: dict[int, Guess], block: list[int]) -> list[int]:
+    answers = [rule(told(index, guesses, block, shift))[0].tolist() for shift in (-NEAR, 0.0, NEAR)]
+    if answers[0] != answers[1] or answers[1] != answers[2]:
+        raise Unclear
+    return [i for i, yes in zip(block, answers[1]) if yes]
+
+
+def commit(index: int, state: State, guesses: dict[int, Guess], block: list[int], config: tie.Config) -> None:
     ranked = sorted(block, key=lambda i: (-guesses[i].top1_probability, i))
     for i, j in pairwise(ranked):
         near = guesses[i].top1_probability - guesses[j].top1_probability < NEAR
         if near and guesses[i].logits != guesses[j].logits:
             raise Unclear
-    chosen = ranked[: config.top_k]
+    chosen = ranked[: config.top_k]  # the first of them always
     if config.threshold is not None:
         if any(abs(guesses[i].top1_probability - config.threshold) < NEAR for i in block):
             raise Unclear
-        chosen = [i for i in block if guesses[i].top1_probability > config.threshold] or ranked[:1]
+        chosen += [i for i in block if guesses[i].top1_probability > config.threshold]
+    if config.commit is not None:
+        chosen += chosen_by(config.commit, index, guesses, block)
     for i in chosen:
         state.tokens[i], state.masked[i] = guesses[i].token, False
 
 
 class Trajectory:
-    """One member at work on one row: its state, the counts of its round, and those of its whole decoding."""
+    """One member at work on one row: its state, the counts of its round, and those of its whole decoding.
 
-    def __init__(self, member: tie.Member, state: State, config: tie.Config):
-        self.member, self.state, self.config = member, state, config
+    `alone`: the member has no other to be compared with, and nobody reads its answers."""
+
+    def __init__(self, index: int, member: tie.Member, state: State, config: tie.Config, alone: bool):
+        self.index, self.member, self.state, self.config, self.alone = index, member, state, config, alone
         self.tcc, self.compared, self.top1, self.forwards = Fraction(0), False, NOTHING, 0
+        self.before: dict[int, int] = {}  # A^(t) of the step before, each position with its top-1
+        self.ahead = False  # has the assessment made the forward of the next step?
         self.begin_round()
 
     def begin_round(self) -> None:
         self.count, self.comparisons = Fraction(0), 0
-        self.history: list[Mean] = []  # the top-1 probabilities of the steps with an A^(t)
-        self.before: dict[int, int] = {}  # A^(t) of the step before, each position with its top-1
+        self.tops: list[Mean] = []  # the top-1 probabilities of the steps with an A^(t)
 
     def generate(self, n: int) -> int:
         """n steps alone, or to the end; the comparisons of Eq. 5 or 7 between each step and the next."""
@@ -147,22 +172,21 @@ class Trajectory:
                 changes = sum(state.masked[i] and guesses[i].token != token for i, token in self.before.items())
                 self.count += Fraction(changes, len(self.before) if config.normalize else 1)
                 self.comparisons += 1
-            A = relevant(self.member, state, guesses, config)
+            A = [] if self.alone else relevant(self.member, state, guesses, config)
             self.before = {i: guesses[i].token for i in A}
-            self.history += [mean(A, guesses, "top1_probability")] if A else []
-            commit(state, guesses, masked_blocks(state, config.block_size)[0], config)
-            steps += 1
-        self.forwards += steps
+            self.tops += [mean(A, guesses, "top1_probability")] if A else []
+            commit(self.index, state, guesses, masked_blocks(state, config.block_size)[0], config)
+            self.forwards += not self.ahead
+            steps, self.ahead = steps + 1, False
         return steps
 
-    def close_round(self) -> tuple[Mean, Mean]:
-        """The score of the member's own steps, and the top-1 probability that breaks ties."""
-        score, top1 = Mean(-self.count, ()) if self.comparisons else NOTHING, [NOTHING, *self.history][-1]
-        if self.config.score == "top1_history":
-            score = average(self.history)
+    def score_round(self) -> tuple[Mean, Mean]:
+        """The score of the member's own steps, and the top-1 probability that breaks ties. The step before the next
+        one is still this round's last, unless a relay comes."""
+        score, top1 = Mean(-self.count, ()) if self.comparisons else NOTHING, [NOTHING, *self.tops][-1]
         self.tcc += self.count
         self.compared = self.compared or self.comparisons > 0
-        self.top1 = [self.top1, *self.history][-1]
+        self.top1 = [self.top1, *self.tops][-1]
         self.begin_round()
         return score, top1
 
@@ -170,9 +194,10 @@ class Trajectory:
 class Row:
     """The rounds of all members on one row."""
 
-    def __init__(self, members: list[tie.Member], states: list[State], config: tie.Config):
-        self.trajectories = [Trajectory(member, state, config) for member, state in zip(members, states)]
-        self.config, self.ended, self.not_relayed, self.ahead = config, False, 0, False
+    def __init__(self, members: list[tie.Member], states: list[State], config: tie.Config, alone: bool):
+        pairs = enumerate(zip(members, states))
+        self.trajectories = [Trajectory(m, member, state, config, alone) for m, (member, state) in pairs]
+        self.config, self.ended, self.not_relayed = config, alone, 0
         self.leaders: list[int] = []
         self.scores: list[list[float]] = []
 
@@ -185,8 +210,8 @@ class Row:
         return [not any(state.masked) for state in self.states]
 
     @property
-    def tcc(self) -> list[Fraction]:
-        return [trajectory.tcc for trajectory in self.trajectories]
+    def tcc(self) -> list[float]:
+        return [math.nan if trajectory.alone else float(trajectory.tcc) for trajectory in self.trajectories]
 
     @property
     def top1(self) -> list[float]:
@@ -199,8 +224,8 @@ class Row:
     def generate(self, n: int) -> int:
         return max([trajectory.generate(n) for trajectory in self.trajectories])
 
-    def close_round(self) -> tuple[list[Mean], list[Mean]]:
-        scores, tops = zip(*[trajectory.close_round() for trajectory in self.trajectories])
+    def score_round(self) -> tuple[list[Mean], list[Mean]]:
+        scores, tops = zip(*[trajectory.score_round() for trajectory in self.trajectories])
         self.ended = self.ended or any(self.complete)
         return list(scores), list(tops)
 
@@ -210,14 +235,14 @@ class Row:
         for trajectory in self.trajectories:
             means = []
             for reader in self.trajectories if cross_model else [trajectory]:
-                state = told(trajectory, reader)
+                state = received(trajectory, reader)
                 if state is not None:
                     guesses = look(reader.member, state)
                     means.append(mean(relevant(reader.member, state, guesses, self.config), guesses, name))
             scores.append(average(means))
         for trajectory in self.trajectories:  # of M * M forwards the leader's M serve the next step too
-            trajectory.forwards += len(self.trajectories) - 1 if cross_model else 1
-        self.ahead = cross_model
+            trajectory.forwards += len(self.trajectories) if cross_model else 1
+            trajectory.ahead = cross_model
         return scores
 
     def relay(self, leader: int, scores: list[Mean]) -> None:
@@ -225,12 +250,10 @@ class Row:
         self.leaders.append(leader)
         self.scores.append([float(score.value) for score in scores])
         if leader >= 0:
-            states = [told(self.trajectories[leader], receiver) for receiver in self.trajectories]
+            states = [received(self.trajectories[leader], receiver) for receiver in self.trajectories]
             self.not_relayed += states.count(None)
             for receiver, state in zip(self.trajectories, states):
-                receiver.state = receiver.state if state is None else state
-                receiver.forwards += self.ahead and not any(receiver.state.masked)  # made, with no step to serve
-        self.ahead = False
+                receiver.state, receiver.before = receiver.state if state is None else state, {}
 
     def select(self) -> int:
         config, leads = self.config, [self.leaders.count(m) for m in range(len(self.trajectories))]
@@ -248,16 +271,18 @@ class Row:
         steps = 0
         while not all(self.complete):
             steps += self.generate(self.config.interval)
-            scores, tops = self.close_round()
+            scores, tops = self.score_round()
             self.ended = self.ended or steps >= limit
             if not self.ended:
-                if self.config.score in tie.SCORES[1:]:
+                if self.config.score != "token_change_count":
                     scores = self.assess(self.config.score, self.config.cross_model)
                 self.relay(leader(scores, tops), scores)
         self.winner = self.select()
 
 
-def rows(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config) -> list[Row]:
+def rows(
+    members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config, alone: bool = False
+) -> list[Row]:
     """Each row by itself, its padding cut off."""
     found = []
     for b in range(len(canvases[0].tokens)):
@@ -266,13 +291,13 @@ def rows(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Conf
             pad = 0 if c.attention_mask is None else int((~c.attention_mask[b]).sum())
             regions = [slice(region.start - pad, region.stop - pad) for region in (c.reasoning, c.answer)]
             states.append(State(c.tokens[b, pad:].tolist(), c.masked[b, pad:].tolist(), *regions))
-        found.append(Row(members, states, config))
+        found.append(Row(members, states, config, alone))
     return found
 
 
 def ensemble(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.Config) -> list[Row]:
     """Raises Unclear where float32 cannot be expected to agree."""
-    decoded = rows(members, canvases, config)
+    decoded = rows(members, canvases, config, alone=len(members) == 1)
     for row in decoded:
         row.decode()
     return decoded
@@ -281,7 +306,7 @@ def ensemble(members: list[tie.Member], canvases: list[tie.Canvas], config: tie.
 # --- relay between vocabularies -----------------------------------------------------------------------
 
 
-def told(sender: Trajectory, receiver: Trajectory) -> State | None:
+def received(sender: Trajectory, receiver: Trajectory) -> State | None:
     """The sender's state as the receiver would hold it, behind its own prompt; None if its text does not fit."""
     state = deepcopy(receiver.state)
     for own, theirs in ((state.reasoning, sender.state.reasoning), (state.answer, sender.state.answer)):
@@ -289,7 +314,7 @@ def told(sender: Trajectory, receiver: Trajectory) -> State | None:
             state.tokens[own], state.masked[own] = sender.state.tokens[theirs], sender.state.masked[theirs]
             continue
         pairs = zip(sender.state.tokens[theirs], sender.state.masked[theirs])
-        ids = retell([None if hole else token for token, hole in pairs], sender.member, receiver.member, own)
+        ids = translate_region([None if hole else token for token, hole in pairs], sender.member, receiver.member, own)
         if ids is None:
             return None
         state.tokens[own] = [receiver.member.mask_id if i is None else i for i in ids]
@@ -297,7 +322,7 @@ def told(sender: Trajectory, receiver: Trajectory) -> State | None:
     return state
 
 
-def retell(ids: list, sender: tie.Member, receiver: tie.Member, region: slice) -> list | None:
+def translate_region(ids: list, sender: tie.Member, receiver: tie.Member, region: slice) -> list | None:
     """One region in the receiver's ids, None where masked."""
     eos, new = eos_ids(receiver)[0], []
     text: list[int] = []

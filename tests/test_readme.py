@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import tie
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", SNIPPETS)
 def test_every_python_snippet_runs(code, tmp_path):
     """Each snippet in a process of its own, beside a copy of tie.py and nothing else."""
     shutil.copy(ROOT / "tie.py", tmp_path)
@@ -22,8 +26,21 @@ def test_every_python_snippet_runs(code, tmp_path):
     assert done.stdout.strip()
 
 
-def test_there_is_a_snippet():
-    assert "```python" in README
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_hugging_face_recipe_decodes_a_padded_row_as_the_row_alone(shift):
+    recipe: dict = {}
+    exec(next(code for code in SNIPPETS if "def hugging_face(" in code), recipe)  # noqa: S102, our own text
+    member = tie.Member(recipe["hugging_face"](recipe["Bert"]().eval(), shift), 99, 98)
+    shape = {"suffix": [10], "reasoning_length": 6, "answer_length": 3, "mask_id": 99, "pad_id": 0}
+    prompts = [[5, 6, 7, 8, 9], [8], [3, 4]]
+    batch = tie.decode(member, tie.Canvas.blank(prompts, **shape), tie.Config(block_size=4))
+    for prompt, row in zip(prompts, batch.tokens):
+        alone = tie.decode(member, tie.Canvas.blank([prompt], **shape), tie.Config(block_size=4))
+        assert torch.equal(alone.tokens[0], row[-alone.tokens.shape[1] :])
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 4
 
 
 def test_every_file_and_test_option_it_names_exists():
