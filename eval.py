@@ -82,7 +82,7 @@ class Setup:
 def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]) -> list[Record]:
     """Decode one batch and grade every candidate; one record a question."""
 
-    def finite(values: torch.Tensor) -> list[float | None]:  # JSON knows no infinity
+    def finite(values: torch.Tensor) -> list[float | None]:  # JSON knows no infinity, and NaN no better
         return [x if math.isfinite(x) else None for x in values.tolist()]
 
     result, records = tie.ensemble(setup.members, setup.canvases(questions), config), []
@@ -93,7 +93,7 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]
         records.append({
             "id": question.id, "gold": question.gold, "answers": answers, "correct": correct, "texts": texts,
             "winner": int(result.winner[b]), "leaders": [m for m in result.leaders[:, b].tolist() if m >= 0],
-            "tcc": result.tcc[:, b].tolist(), "forwards": result.forwards,
+            "tcc": finite(result.tcc[:, b]), "forwards": result.forwards,
             "scores": [finite(relay) for relay in result.scores[:, :, b]], "top1": finite(result.top1[:, b]),
         })  # fmt: skip
     return records
@@ -106,7 +106,8 @@ def check_record(record: Record, members: int) -> None:
     """ValueError, TypeError or KeyError where a record is none that `decode_questions` wrote for so many members."""
     maybe, chosen = (float, type(None)), [record["winner"], *record["leaders"]]
     by_member = [((str,), record["answers"]), ((bool,), record["correct"]), ((list,), record["texts"]),
-                 ((float,), record["tcc"]), (maybe, record["top1"]), *((maybe, relay) for relay in record["scores"])]
+                 (maybe if members == 1 else (float,), record["tcc"]), (maybe, record["top1"]),
+                 *((maybe, relay) for relay in record["scores"])]  # fmt: skip
     single = [((str,), [record["id"]]), ((float,), [record["forwards"]]), ((int,), chosen)]
     typed = [(kinds, value) for kinds, values in by_member + single for value in values]
     if not (
@@ -756,7 +757,8 @@ def draw_figure_1(toy: Toy, path: Path) -> None:
     panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
-        run, panel, sizes = toy.run([name], score=score, interval=1), panels[i][m], []  # relays to itself, to be scored
+        run = toy.run([name, name], score=score, interval=1, cross_model=False)  # scored at each step, as alone
+        panel, sizes = panels[i][m], list[str]()
         scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
         curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
         for label, chosen, line in (("correct", run.correct, "C0-"), ("incorrect", ~run.correct, "C3--")):

@@ -367,6 +367,22 @@ def test_figures_are_drawn(fakes, capsys, tmp_path):
         assert (tmp_path / "new" / "folder" / name).read_bytes()[:4] == b"\x89PNG"
 
 
+def test_figure_1_shows_the_scores_after_every_step_of_a_member_alone(fakes):
+    own = job(names=("A", "A"), problems=job().problems[:2],
+              config=tie.Config(interval=1, block_size=8, score="probability_margin", cross_model=False))  # fmt: skip
+    for problem, record in zip(own.problems, evaluation.decode_job(own)):
+        assert len(record["scores"]) == evaluation.T - 1
+        for steps, (said, _) in enumerate(record["scores"], 1):
+            tokens, masked = alone("A", problem.prompt, steps)
+            places = train_toy.canvas([problem.prompt]).answer
+            positions = torch.arange(len(tokens))[None]
+            logits = fake_member(own, "A").denoise(tokens.masked_fill(masked, train_toy.MASK)[None], positions, None)[0]
+            best = logits[places].softmax(-1).topk(2)  # (A, 2)
+            counted = masked[places] & (best.indices[:, 0] != train_toy.EOS)
+            margins = (best.values[:, 0] - best.values[:, 1])[counted]
+            assert said == (pytest.approx(float(margins.mean()), abs=1e-5) if len(margins) else None)
+
+
 def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     settings = train_toy.Settings()
