@@ -42,62 +42,28 @@ HUMANEVAL = {
     "entry_point": "total", "canonical_solution": "    return sum(x)\n",
     "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
 }
-MBPP = [
-    {
-        "source_file": "x", "task_id": k, "prompt": "Write a function to halve.",
-        "code": "def halve(x):\n  return floor(x / 2)", "test_imports": ["from math import floor"],
-        "test_list": ["assert halve(4) == 2", "assert halve(5) == 2"],
-    }
-    for k in (2, 11, 511)
-]
-ARC = [
-    {
-        "id": "a", "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip("pqrs", "ABCD")]},
-        "answerKey": "D",
-    },
-    {
-        "id": "b", "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip("pqr", "123")]},
-        "answerKey": "2",
-    },
-    {
-        "id": "c",
-        "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip("pqrst", "ABCDE")]},
-        "answerKey": "E",
-    },
-]
+MBPP = [{"source_file": "x", "task_id": k, "prompt": "Write a function to halve.", "test_imports": ["from math import floor"],
+         "code": "def halve(x):\n  return floor(x / 2)", "test_list": ["assert halve(4) == 2", "assert halve(5) == 2"]}
+        for k in (2, 11, 511)]  # fmt: skip
+ARC = [{"id": key, "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip(texts, labels)]},
+        "answerKey": right} for key, texts, labels, right in (
+            ("a", "pqrs", "ABCD", "D"), ("b", "pqr", "123", "2"), ("c", "pqrst", "ABCDE", "E"))]  # fmt: skip
 SAMPLES = {  # task -> (file name, rows, right answers, a wrong answer)
-    "mmlu": (
-        "astronomy_test.csv", [["Q, one?", "a", "b", "c", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]],
-        ["B", "D"], "C",
-    ),
+    "mmlu": ("astronomy_test.csv", [["Q, one?", "a", "b", "c", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]],
+             ["B", "D"], "C"),
     "arc-challenge": ("arc.jsonl", ARC, ["D", "B", "E"], "A"),
-    "winogrande": (
-        "dev.jsonl",
-        [{"qID": "w", "sentence": "Ann met Bo so _ ran.", "option1": "Ann", "option2": "Bo", "answer": "2"}], ["B"],
-        "A",
-    ),
-    "gsm8k": (
-        "test.jsonl",
-        [{"question": "Q\u2028?", "answer": "It is <<1=1>>.\n#### 2,125"}, {"question": "P?", "answer": "#### -10"}],
-        ["$2,125.00", "-10."], "9",
-    ),
-    "math500": (
-        "test.jsonl",
-        [{"problem": "P", "solution": "S", "answer": "\\frac{14}{3}", "subject": "A", "level": 1, "unique_id": "u/1"}],
-        ["\\boxed{\\dfrac{14}{3}}"], "4.67",
-    ),
+    "winogrande": ("dev.jsonl", [{"qID": "w", "sentence": "Ann met Bo so _ ran.", "option1": "Ann", "option2": "Bo",
+                                  "answer": "2"}], ["B"], "A"),
+    "gsm8k": ("test.jsonl", [{"question": "Q\u2028?", "answer": "It is <<1=1>>.\n#### 2,125"},
+                             {"question": "P?", "answer": "#### -10"}], ["$2,125.00", "-10."], "9"),
+    "math500": ("test.jsonl", [{"problem": "P", "solution": "S", "answer": "\\frac{14}{3}", "level": 1, "unique_id": "u/1"}],
+                ["\\boxed{\\dfrac{14}{3}}"], "4.67"),
     "humaneval": ("HumanEval.jsonl", [HUMANEVAL], ["def total(x):\n    return sum(x)"], "def total(x):\n    return 3"),
     "mbpp": ("sanitized-mbpp.json", MBPP, [MBPP[0]["code"]] * 3, "def halve(x):\n    return 2.5"),
-    "countdown": (
-        "cd3_test.jsonl",
-        [
-            {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}, {"input": "30,100,93", "output": "23"},
-            {"nums": [2, 2, 3], "target": 12},
-        ],
-        ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"],
-        "50",
-    ),
-}
+    "countdown": ("cd3_test.jsonl", [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"},
+                                     {"input": "30,100,93", "output": "23"}, {"nums": [2, 2, 3], "target": 12}],
+                  ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"], "50"),
+}  # fmt: skip
 
 
 def write(folder, name, rows):
@@ -166,40 +132,30 @@ GSM = json.dumps({"question": "Q", "answer": "#### 1"}).encode()
 PACKED = gzip.compress(json.dumps(HUMANEVAL).encode())
 
 
-@pytest.mark.parametrize(
-    "task, name, content, words",
-    [
-        ("gsm8k", "e.jsonl", b"", "no question for gsm8k"), ("gsm8k", "e.jsonl", b"\n \n", "no question for gsm8k"),
-        ("gsm8k", "e.jsonl", b"\x80\x04\xff\x00", "fetch the file"),
-        ("gsm8k", "e.jsonl", GSM + b"\n" + GSM[:20], "line 2: cannot be read"),
-        ("gsm8k", "e.jsonl", GSM + b"\n" + b'{"question": "Q"}', "line 2: not a row for gsm8k"),
-        ("gsm8k", "e.jsonl", b'{"question": "Q", "answer": "no mark"}', "line 1: not a row"),
-        ("gsm8k", "e.jsonl", b'{"question": "", "answer": "#### 1"}', "line 1: not a row"),
-        ("gsm8k", "e.jsonl", b'"text"', "line 1: not a row"), ("gsm8k", "e.jsonl", b"[" * 100000, "fetch the file"),
-        ("gsm8k", "e.csv", b"a,b,c\n", "line 1: not a row for gsm8k"),
-        ("math500", "e.jsonl", GSM, "line 1: not a row for math500"),
-        (
-            "math500", "e.jsonl", b'{"problem": "P", "answer": "1", "unique_id": "u"}\n' * 2,
-            "line 2: 'u' was there before",
-        ),
-        ("arc-challenge", "e.jsonl", GSM, "line 1: not a row for arc-challenge"),
-        (
-            "winogrande", "e.jsonl", b'{"sentence": "_", "option1": "a", "option2": "b", "answer": "3"}',
-            "line 1: not a row",
-        ),
-        ("mmlu", "e.csv", b"q,a,b,c,d,A\nq,a,b\n", "line 2: not a row for mmlu"),
-        ("mmlu", "e.csv", b'q,a,b,c,d,A\n"q,a,b,c', "cannot be read"),
-        ("mmlu", "e.csv", b"q,a,b,c,d,E\n", "line 1: not a row"),
-        ("mmlu-star", "anatomy_test.csv", b"q,a,b,c,d,A\n", "no question for mmlu-star"),
-        ("mmlu", "e.jsonl", GSM, "line 1: not a row for mmlu"),
-        ("humaneval", "e.jsonl.gz", PACKED[: len(PACKED) // 2], "fetch the file"),
-        ("humaneval", "e.jsonl", json.dumps({**HUMANEVAL, "entry_point": "other"}).encode(), "line 1: not a row"),
-        ("mbpp", "e.json", json.dumps(MBPP).encode()[:-9], "fetch the file"),
-        ("mbpp", "e.json", json.dumps(MBPP[1:2] * 2).encode(), "item 2: 11 was there before"),
-        ("countdown", "e.jsonl", b'{"input": "1,b,3", "output": "x"}', "line 1: not a row"),
-        ("countdown", "e.jsonl", GSM, "line 1: not a row for countdown"),
-    ],
-)
+@pytest.mark.parametrize("task, name, content, words", [
+    ("gsm8k", "e.jsonl", b"", "no question for gsm8k"), ("gsm8k", "e.jsonl", b"\n \n", "no question for gsm8k"),
+    ("gsm8k", "e.jsonl", b"\x80\x04\xff\x00", "fetch the file"),
+    ("gsm8k", "e.jsonl", GSM + b"\n" + GSM[:20], "line 2: cannot be read"),
+    ("gsm8k", "e.jsonl", GSM + b"\n" + b'{"question": "Q"}', "line 2: not a row for gsm8k"),
+    ("gsm8k", "e.jsonl", b'{"question": "Q", "answer": "no mark"}', "line 1: not a row"),
+    ("gsm8k", "e.jsonl", b'{"question": "", "answer": "#### 1"}', "line 1: not a row"),
+    ("gsm8k", "e.jsonl", b'"text"', "line 1: not a row"), ("gsm8k", "e.jsonl", b"[" * 100000, "fetch the file"),
+    ("gsm8k", "e.csv", b"a,b,c\n", "line 1: not a row for gsm8k"),
+    ("math500", "e.jsonl", GSM, "line 1: not a row for math500"),
+    ("math500", "e.jsonl", b'{"problem": "P", "answer": "1", "unique_id": "u"}\n' * 2, "line 2: 'u' was there before"),
+    ("arc-challenge", "e.jsonl", GSM, "line 1: not a row for arc-challenge"),
+    ("winogrande", "e.jsonl", b'{"sentence": "_", "option1": "a", "option2": "b", "answer": "3"}', "line 1: not a row"),
+    ("mmlu", "e.csv", b"q,a,b,c,d,A\nq,a,b\n", "line 2: not a row for mmlu"),
+    ("mmlu", "e.csv", b'q,a,b,c,d,A\n"q,a,b,c', "cannot be read"), ("mmlu", "e.csv", b"q,a,b,c,d,E\n", "line 1: not a row"),
+    ("mmlu-star", "anatomy_test.csv", b"q,a,b,c,d,A\n", "no question for mmlu-star"),
+    ("mmlu", "e.jsonl", GSM, "line 1: not a row for mmlu"),
+    ("humaneval", "e.jsonl.gz", PACKED[: len(PACKED) // 2], "fetch the file"),
+    ("humaneval", "e.jsonl", json.dumps({**HUMANEVAL, "entry_point": "other"}).encode(), "line 1: not a row"),
+    ("mbpp", "e.json", json.dumps(MBPP).encode()[:-9], "fetch the file"),
+    ("mbpp", "e.json", json.dumps(MBPP[1:2] * 2).encode(), "item 2: 11 was there before"),
+    ("countdown", "e.jsonl", b'{"input": "1,b,3", "output": "x"}', "line 1: not a row"),
+    ("countdown", "e.jsonl", GSM, "line 1: not a row for countdown"),
+])  # fmt: skip
 def test_malformed_files_give_one_clear_line(task, name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as caught:
@@ -249,16 +205,11 @@ def test_settings_are_the_papers():
 # ---- answers
 
 
-@given(
-    st.sampled_from("ABCDE"),
-    st.sampled_from(
-        [
-            "{}", " {}.", "({})", "**{}**", "{}) because A is not", "$\\boxed{{{}}}$", "\\boxed{{\\text{{{}}}}}",
-            "The answer is {}.", "Option {}: iron", "\n{}\n", "\\text{{({})}}", "the correct answer is **({})**",
-            "`{}`", "{}. Dogs bark", "\\(\\mathbf{{{}}}\\)",
-        ]
-    ),
-)
+@given(st.sampled_from("ABCDE"), st.sampled_from([
+    "{}", " {}.", "({})", "**{}**", "{}) because A is not", "$\\boxed{{{}}}$", "\\boxed{{\\text{{{}}}}}", "The answer is {}.",
+    "Option {}: iron", "\n{}\n", "\\text{{({})}}", "the correct answer is **({})**", "`{}`", "{}. Dogs bark",
+    "\\(\\mathbf{{{}}}\\)",
+]))  # fmt: skip
 def test_a_dressed_letter_is_found(letter, dress):
     assert benchmarks.extract_letter(dress.format(letter)) == letter
     if dress in ("{}", "({})", "**{}**"):
@@ -270,15 +221,11 @@ def test_no_letter(text):
     assert benchmarks.extract_letter(text) == ""
 
 
-@given(
-    st.integers(-(10**7), 10**7),
-    st.sampled_from(
-        [
-            "{:,}", "${:,}.00", "{} dollars", "**{}**", "{}.", "\\boxed{{{:,}}}", "The answer is {}", "3 + 4 = {}",
-            "\\(x = {}\\)", "{:,} cm^2", "\\${:,}\n99",
-        ]
-    ),
-)
+@settings(max_examples=25)
+@given(st.integers(-(10**7), 10**7), st.sampled_from([
+    "{:,}", "${:,}.00", "{} dollars", "**{}**", "{}.", "\\boxed{{{:,}}}", "The answer is {}", "3 + 4 = {}", "\\(x = {}\\)",
+    "{:,} cm^2", "\\${:,}\n99",
+]))  # fmt: skip
 def test_a_dressed_number_is_found(number, dress):
     text = dress.format(number)
     assert benchmarks.math_equal(benchmarks.extract_number(text), str(number))
@@ -311,14 +258,11 @@ def test_math_answers_of_unequal_value(gold, answer):
     assert not benchmarks.math_equal(answer, gold)
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("\\boxed{\\frac{\\sqrt{3}}{2}} so", "\\frac{\\sqrt{3}}{2}"), ("$$\n\\frac{1}{2}\n$$", "\\frac{1}{2}"),
-        (" \\(2x\\)\nDone", "2x"), ("**7**", "7"), ("The final answer is: $12$.", "$12$."),
-        ("\\[\n\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}\n\\]", "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"),
-    ],
-)
+@pytest.mark.parametrize("text, answer", [
+    ("\\boxed{\\frac{\\sqrt{3}}{2}} so", "\\frac{\\sqrt{3}}{2}"), ("$$\n\\frac{1}{2}\n$$", "\\frac{1}{2}"),
+    (" \\(2x\\)\nDone", "2x"), ("**7**", "7"), ("The final answer is: $12$.", "$12$."),
+    ("\\[\n\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}\n\\]", "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"),
+])  # fmt: skip
 def test_math_extraction(text, answer):
     assert benchmarks.extract_math(text) == answer
 
@@ -401,10 +345,8 @@ def countdowns(draw):
 
 
 @relaxed
-@given(
-    countdowns(), st.randoms(use_true_random=False),
-    st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]),
-)
+@given(countdowns(), st.randoms(use_true_random=False),
+       st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]))  # fmt: skip
 def test_countdown_takes_each_number_once_in_any_order(case, dice, dress):
     numbers, (value, expression) = case
     gold = {"numbers": dice.sample(numbers, len(numbers)), "target": value}
@@ -418,13 +360,10 @@ def test_countdown_takes_each_number_once_in_any_order(case, dice, dress):
     assert not benchmarks.countdown_correct(expression, {**gold, "numbers": numbers[1:]})
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "24", "2*3*4+1-1", "23+1", "(2*3)4", "2 3*4", "2**3*4", "4!", "6*4", "2*3*(4/0)", "__import__('os')", "2*3*x",
-        "2*12", "",
-    ],
-)
+@pytest.mark.parametrize("answer", [
+    "24", "2*3*4+1-1", "23+1", "(2*3)4", "2 3*4", "2**3*4", "4!", "6*4", "2*3*(4/0)", "__import__('os')", "2*3*x", "2*12", "",
+    "2*3*4//1", "2_*3*4", "0x2*3*4",
+])  # fmt: skip
 def test_countdown_refuses(answer):
     assert not benchmarks.countdown_correct(answer, {"numbers": [2, 3, 4], "target": 24})
 
@@ -474,14 +413,11 @@ def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
     benchmarks.check_sandbox.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "    return sum(x)", "return sum(x)",
-        "def helper(x):\n    return sum(x)\ndef total(x: List[int]):\n    return helper(x)", "total = sum",
-        "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
-    ],
-)
+@pytest.mark.parametrize("answer", [
+    "    return sum(x)", "return sum(x)", "total = sum",
+    "def helper(x):\n    return sum(x)\ndef total(x: List[int]):\n    return helper(x)",
+    "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
+])  # fmt: skip
 @pytest.mark.parametrize("confined", CONFINED)
 def test_humaneval_takes_whole_functions_and_continuations(answer, confined, tmp_path):
     question = benchmarks.read_questions("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
