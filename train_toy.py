@@ -8,8 +8,8 @@ column, which rotary attention finds in a third of the time. A sequence has 47 t
 
 The products are knowledge. Each member has gaps, facts of the times table that it has met with random results only,
 so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which all
-members have, and which reads: in training every second multiplicand is hidden, with the products given, and all that
-follows a product, right or wrong, goes on from it.
+members have, and which reads: in most training sequences the multiplicand is hidden, with the products given, and all
+that follows a product, right or wrong, goes on from it.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
@@ -196,10 +196,10 @@ class Settings:
     """All that decides a member's weights, beside its name. ValueError on values out of bounds."""
 
     seed: int = setting(0, "seed of weights, sequences and gaps", 0, 2**32 - 1)
-    steps: int = setting(1400, "training steps", 1, 10**6)
+    steps: int = setting(1500, "training steps", 1, 10**6)
     gaps: int = setting(6, "facts that a member does not know", 0, GAPS)
     slips: float = setting(0.06, "share of the other products that are random in training", 0, 0.99)
-    hidden: float = setting(0.5, "share of training sequences whose multiplicand is hidden", 0, 0.99)
+    hidden: float = setting(0.6, "share of training sequences whose multiplicand is hidden", 0, 0.99)
     lr: float = setting(6e-3, "peak learning rate of AdamW", 1e-9, 1)
     batch: int = setting(64, "sequences a step", 1, 10**6)
     width: int = setting(64, "width of the model, a multiple of 8", 8, 4096)
