@@ -482,7 +482,8 @@ class Toy:
     def __init__(self, args: argparse.Namespace, training: train_toy.Settings, pool: Callable[..., Iterator]):
         self.args, self.training, self.pool, self.runs = args, training, pool, dict[Job, Run]()
         self.out = args.out / f"seed{training.seed}" if args.out and args.seeds > 1 else args.out
-        problems = train_toy.problems("test", args.trace or args.problems, args.problem_seed)
+        count = args.problems if args.unsolved or not args.trace else args.trace
+        problems = train_toy.problems("test", count, args.problem_seed)
         self.plain = Job(args.checkpoints / f"toy-seed{training.seed}", tuple(train_toy.NAMES[:2]),
                          config_of(args, TOY_INTERVAL), tuple(problems), args.device[0], args.dtype)  # fmt: skip
         self.names = self.plain.names

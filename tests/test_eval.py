@@ -98,14 +98,6 @@ def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys
     assert "__ __ __ " in out and out.count("answer ") == 2
 
 
-def test_the_trace_of_problems_that_no_member_solves_alone(checkpoints, here, capsys):
-    """Members of three training steps solve none, so these are the first of all problems."""
-    assert run("--checkpoints", checkpoints, "--trace", 2) == 0
-    plain = capsys.readouterr().out
-    assert run("--checkpoints", checkpoints, "--trace", 2, "--unsolved") == 0
-    assert capsys.readouterr().out == plain
-
-
 # --- figures of merit -----------------------------------------------------------------------------------
 
 

@@ -357,6 +357,16 @@ def test_tables_name_title_paper_and_verdict(fakes, capsys):
                if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
 
 
+def test_the_trace_can_show_problems_that_no_member_solves_alone(fakes, capsys):
+    prompts, right = [p.prompt for p in job().problems], oracle(interval=evaluation.T)[1]
+    unsolved = [prompt for prompt, row in zip(prompts, right) if not row.any()]
+    assert unsolved[:2] != prompts[:2]
+    for more, expected in (((), prompts[:2]), (("--unsolved",), unsolved[:2])):
+        assert run("--trace", 2, *more) == 0
+        lines = [line.split("   right: ") for line in capsys.readouterr().out.splitlines()]
+        assert [line[0] for line in lines if len(line) > 1] == expected
+
+
 # --- figures ---------------------------------------------------------------------------------------------------
 
 
