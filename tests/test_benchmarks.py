@@ -560,7 +560,9 @@ def test_another_user_than_root_is_confined_too(tmp_path):
     script.write_text(
         "import sys, os, shutil, math, json, tempfile, subprocess, signal\nfrom pathlib import Path\n"
         f"from contextlib import suppress\n{source[start:end]}\n"
-        "assert run_code('import os; assert os.getuid() != 0', timeout=20) and not run_code('import os; os.fork()', timeout=20)"
+        "assert run_code('import os; assert os.getuid() != 0', timeout=20) and not run_code('import os; os.fork()', timeout=20)\n"
+        "for file in ('/x', '/dev/x'): assert not run_code(f'open({file!r}, \"w\")', timeout=20)\n"
+        "assert run_code('open(\"/tmp/x\", \"w\")', timeout=20)"
     )
     os.chmod(tmp_path, 0o755)
     for folder in tmp_path.parents:

@@ -282,6 +282,7 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
         winners() - alone.mean(0).max())}.items() <= result["comparisons"][1].items()  # fmt: skip
     values = {c["value"] for number in ("6", "7", "8", "9", "10") for c in found[number]["cells"]}
     assert len(values) > 2 and none.any()  # the fakes tell methods apart
+    assert max(Counter(fakes).values()) == 1  # equal settings are one run
 
 
 def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
