@@ -409,6 +409,7 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> li
         for folder in todo:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PART).write_text("")
+            (folder / PART).unlink()
         for folder in todo:  # all can be written, and none is complete from now on
             (folder / RECORD).unlink(missing_ok=True)
     except OSError as error:
