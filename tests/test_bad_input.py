@@ -210,6 +210,8 @@ ARGUMENTS = [
     ("train_toy --seed -1", "seed is -1, but must be from 0"),
     ("train_toy --lr inf", "lr is inf, but must be from"),
     ("train_toy --lr nan", "lr is nan, but must be from"),
+    ("train_toy --gaps 17", "gaps is 17, but must be from 0 to 16"),
+    ("train_toy --hidden 1", "hidden is 1.0, but must be from 0 to 0.99"),
     ("train_toy --width 12", "width is 12, but must be a multiple of 8"),
     ("train_toy --members 0", "members is 0"),
     ("train_toy --members 5", "members is 5"),
@@ -426,8 +428,7 @@ def check(code, out, err, line, told, before, after):
         rest = rest.partition(part)[2]
     for name, content in before.items():  # records may have become more, but nothing is lost
         assert after[name].startswith(content) if name.endswith(".jsonl") else after[name] == content, name
-    new = [name for name in after.keys() - before.keys() if not name.endswith(".part")]
-    assert all(name.startswith(("fresh/", "results/")) for name in new), new
+    assert all(name.startswith(("fresh/", "results/")) for name in after.keys() - before.keys())
 
 
 @pytest.mark.parametrize("line, told, damage", CASES, ids=[f"{i} {case[0]}"[:60] for i, case in enumerate(CASES)])
