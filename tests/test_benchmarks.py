@@ -368,6 +368,11 @@ def test_countdown_refuses(answer):
     assert not benchmarks.countdown_correct(answer, {"numbers": [2, 3, 4], "target": 24})
 
 
+@pytest.mark.parametrize("answer, target", [("2**3*4", 32), ("3*4//2", 6), ("4%3+2", 3), ("2<<3+4", 256), ("(2,3*4)", 12)])
+def test_countdown_has_four_operations(answer, target):
+    assert not benchmarks.countdown_correct(answer, {"numbers": [2, 3, 4], "target": target})
+
+
 def test_code_extraction_keeps_indentation_and_stops_at_the_fence():
     assert benchmarks.extract_code("\n    return 1\n```\nThis returns 1.\n```") == "    return 1"
     assert benchmarks.extract_code("```python\ndef f():\n    return 1\n") == "def f():\n    return 1"
