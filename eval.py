@@ -5,39 +5,42 @@ Examples:
     python eval.py --trace 3                         three decodings, round by round
     python eval.py --problems 300 --json             one JSON object on stdout
     python eval.py --seed 1 --out results/seed1      records on disk; the same command goes on after an interruption
-    python eval.py --table 1 9 --overconfident B=4   tables of the paper on the toy, its own figures beside ours
+    python eval.py --table 1 6 9                     tables of the paper on the toy, its own figures beside ours
     python eval.py --table all --seeds 3 --out results   all of them, over three trainings
     python eval.py --figure figures                  Fig. 1 and Fig. 3 as PNG
-    python eval.py --members llada=LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl --out gsm8k
+    python eval.py --members llada=GSAI-ML/LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # in the seconds that the import of torch takes, Ctrl-C ends this without a traceback
+    at_start = signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import cmath
+import ast
+import copy
 import csv
 import functools
 import gzip
+import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import operator
 import os
 import platform
-import random
 import re
-import secrets
-import signal
-import string
+import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -52,10 +55,10 @@ import mdlm
 import tie
 import train_toy
 
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Record = dict[str, Any]  # a question's: id, gold, answers, correct, texts, winner, leaders, scores, tcc, top1, forwards
 
-
-# --- decoding questions ---------------------------------------------------------------------------
+# --- decoding questions -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,24 @@ class Question:
     gold: Any  # letter, number or LaTeX as text; {"numbers", "target"}; for code what its tests need
 
 
-DTYPES: dict[str | None, torch.dtype | None] = {
-    None: None, "float32": torch.float32, "bfloat16": torch.bfloat16,
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Setup:
     """What it takes to decode and grade questions with M members."""
 
     members: list[tie.Member]
-    canvases: Callable[[list], list[tie.Canvas]]  # questions -> one canvas a member
+    canvases: Callable[[list[Question]], list[tie.Canvas]]  # questions -> one canvas a member
     text: Callable[[int, list[int]], str]  # member, ids of its answer region -> text of the answer
     grade: Callable[[Question, str], tuple[str, bool]]  # question, text of the answer region -> answer, right?
 
 
 @torch.inference_mode()  # beside tie's own no_grad: a few per cent faster
-def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[Record]:
+def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]) -> list[Record]:
     """Decode one batch and grade every candidate; one record a question."""
-    result = tie.ensemble(setup.members, setup.canvases(questions), config)
-    records = []
+
+    def finite(values: torch.Tensor) -> list[float | None]:  # JSON knows no infinity, and NaN no better
+        return [x if math.isfinite(x) else None for x in values.tolist()]
+
+    result, records = tie.ensemble(setup.members, setup.canvases(questions), config), []
     for b, question in enumerate(questions):
         regions = [(c.tokens[b, c.reasoning].tolist(), c.tokens[b, c.answer].tolist()) for c in result.candidates]
         texts = [[setup.text(m, ids) for ids in region] for m, region in enumerate(regions)]
@@ -92,19 +93,30 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list) -> list[
         records.append({
             "id": question.id, "gold": question.gold, "answers": answers, "correct": correct, "texts": texts,
             "winner": int(result.winner[b]), "leaders": [m for m in result.leaders[:, b].tolist() if m >= 0],
-            "tcc": result.tcc[:, b].tolist(), "forwards": result.forwards,
+            "tcc": finite(result.tcc[:, b]), "forwards": result.forwards,
             "scores": [finite(relay) for relay in result.scores[:, :, b]], "top1": finite(result.top1[:, b]),
         })  # fmt: skip
     return records
 
 
-def finite(values: torch.Tensor) -> list[float | None]:
-    """JSON knows no infinity."""
-    return [x if math.isfinite(x) else None for x in values.tolist()]
+# --- records on disk ----------------------------------------------------------------------------------
 
 
-FIELDS = {"id": str, "gold": object, "answers": list, "correct": list, "texts": list, "winner": int, "leaders": list,
-          "tcc": list, "forwards": float, "scores": list, "top1": list}  # fmt: skip
+def check_record(record: Record, members: int) -> None:
+    """ValueError, TypeError or KeyError where a record is none that `decode_questions` wrote for so many members."""
+    maybe, chosen = (float, type(None)), [record["winner"], *record["leaders"]]
+    by_member = [((str,), record["answers"]), ((bool,), record["correct"]), ((list,), record["texts"]),
+                 (maybe if members == 1 else (float,), record["tcc"]), (maybe, record["top1"]),
+                 *((maybe, relay) for relay in record["scores"])]  # fmt: skip
+    single = [((str,), [record["id"]]), ((float,), [record["forwards"]]), ((int,), chosen)]
+    typed = [(kinds, value) for kinds, values in by_member + single for value in values]
+    if not (
+        all(type(values) is list and len(values) == members for _, values in by_member)
+        and all(type(value) in kinds for kinds, value in typed)
+        and all(math.isfinite(value) for _, value in typed if type(value) is float)
+        and set(chosen) <= set(range(members)) and "gold" in record
+    ):  # fmt: skip
+        raise ValueError("not what was written")
 
 
 class Records:
@@ -112,91 +124,172 @@ class Records:
 
     folder None: nothing is written. Each process writes a file of its own. ValueError if a line is no record."""
 
-    def __init__(self, folder: Path | None, name: str, rank: int = 0):
-        self.pattern = f"{name.replace(' ', '-')}.{{}}.jsonl"
-        self.folder, self.path = folder, folder / self.pattern.format(rank) if folder else None
+    def __init__(self, folder: Path | None, name: str, members: int, rank: int = 0):
+        self.folder, self.name, self.members = folder, name.replace(" ", "-"), members
+        self.path = folder / f"{self.name}.{rank}.jsonl" if folder else None
+        self.done = self.of_all_ranks()
         if self.path and self.path.exists():
-            data = self.path.read_bytes()
-            os.truncate(self.path, data.rfind(b"\n") + 1)
-        self.done = self.of_all_ranks() if folder else {}
+            with file_errors("use", self.path):
+                if not (data := self.path.read_bytes()).endswith(b"\n"):
+                    os.truncate(self.path, data.rfind(b"\n") + 1)
 
     def of_all_ranks(self) -> dict[str, Record]:
-        """The records of every process by question, as far as they are written."""
-        records = dict(self.done) if self.folder is None else {}
-        for path in sorted(self.folder.glob(self.pattern.format("*"))) if self.folder else []:
-            data = path.read_bytes()
+        """The records of every process by question, as far as they are written; a file put aside has another name."""
+        records, pattern = {}, re.compile(rf"{re.escape(self.name)}\.\d+\.jsonl")
+        for path in sorted(self.folder.iterdir()) if self.folder else []:
+            if not pattern.fullmatch(path.name):
+                continue
+            with file_errors("read", path):
+                data = path.read_bytes()
             for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
                 try:
-                    record = json.loads(line)
-                    for key, kind in FIELDS.items():
-                        _is(kind, record[key])
-                    if record["winner"] not in range(len(record["correct"])):
-                        raise ValueError("no such candidate")
-                    for right in record["correct"]:
-                        _is(bool, right)
-                    records[record["id"]] = record
+                    check_record(record := json.loads(line), self.members)
                 except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(f"{path}, line {number}, is no record: move the file away to start anew") from None
+                records[record["id"]] = record
         return records
 
     def add(self, records: Iterable[Record]) -> None:
         new = [record for record in records if record["id"] not in self.done]
         self.done |= {record["id"]: record for record in new}
         if self.path and new:
-            with writing(self.path), self.path.open("a") as file:
+            with file_errors("write", self.path), self.path.open("a") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in new))
 
 
-def open_results(folder: Path | None, settings: dict) -> None:
-    """Make the folder and write settings.json beside the records; ValueError if it holds records of other settings."""
+@contextmanager
+def file_errors(verb: str, path: Path | str) -> Iterator[None]:
+    """An error of the file system alone would not say which file, nor what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot {verb} {path}: {error.strerror}; mend that, and the same command goes on") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")  # each of several processes writes its own
+    with file_errors("write", path):
+        part.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(part, path)
+
+
+def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) -> None:
+    """Make the folder and write settings.json; ValueError if records of other settings are there, or of questions or
+    weights with other fingerprints. Fingerprints of members that this call does not name stay."""
     if folder is None:
         return
-    path = folder / "settings.json"
+    path, now = folder / "settings.json", json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            earlier = earlier_settings(path)
-            differing = [k for k in settings if earlier.get(k) != json.loads(json.dumps(settings[k]))]
-            if differing:
-                raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
-        write_json(path, {"settings": settings, **environment()})
+        earlier, kept = read_settings(path) if any(folder.glob("*.jsonl")) else (now, {})
+        differing = [key for key in now if earlier.get(key) != now[key]]
+        differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
+        if differing:
+            raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
+        write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
     except OSError as error:
         raise ValueError(f"cannot use --out {folder}: {error}; give a folder that can be written") from None
 
 
-def earlier_settings(path: Path) -> dict:
+def read_settings(path: Path) -> tuple[dict, dict]:
     try:
-        return dict(**json.loads(path.read_bytes())["settings"])
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{path} is damaged: move it and the records beside it away to start anew") from None
+        read = json.loads(path.read_bytes())
+        return dict(**read["settings"]), dict(**read["fingerprints"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
 
 
 def environment() -> dict:
     """Versions and hardware, for the record."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus},
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    hardware = {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": gpus}
+    return {"versions": versions, "hardware": hardware}
 
 
-def write_json(path: Path, value: Any) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")  # each of several processes writes its own
-    with writing(path):
-        part.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(part, path)
+MEMBER_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+                "tokenizer_config.json", "vocab.json", "merges.txt"]  # fmt: skip
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An error of the file system alone would not say which file, nor what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; mend that, and the same command goes on") from None
+def fingerprint(source: list[Question] | Path) -> str:
+    """Of questions, or of the files that a member is read from: their names, sizes, first and last MiB. A change in the
+    midst of a larger file goes unseen; weights of another training differ everywhere."""
+    if isinstance(source, list):
+        return hashlib.sha256(json.dumps([(q.id, q.prompt, q.gold) for q in source]).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in MEMBER_FILES for path in source.glob(pattern) if path.is_file()):
+        with file_errors("read", path), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - 2**20)):
+                file.seek(start)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
 
 
-# --- figures of merit -------------------------------------------------------------------------------
+# --- figures of merit ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Method:
+    """What a way to answer got right, and what it costs."""
+
+    correct: np.ndarray  # (problems,) bool
+    forwards: float | None  # sequences forwarded a problem
+    change_rate: float | None = None  # share of relays whose leader differs from the relay before (Table 5)
+
+
+class Run(Method):
+    """The records of all problems, decoded by M members under one setting; as a method, its winners."""
+
+    def __init__(self, records: list[Record], names: Sequence[str]):
+        self.records, self.names = records, tuple(names)
+        self.right = np.array([r["correct"] for r in records], dtype=bool).reshape(-1, len(names))  # (problems, M)
+        self.correct = np.array([r["correct"][r["winner"]] for r in records], dtype=bool)
+        self.forwards = float(np.mean([r["forwards"] for r in records])) if records else None
+        changes = [a != b for r in records for a, b in itertools.pairwise(r["leaders"])]
+        self.change_rate = sum(changes) / len(changes) if changes else None
+
+    def pick(self, correct: Any, candidates: int) -> Method:
+        """Other answers of this run, which need only so many of its M candidates."""
+        forwards = self.forwards and self.forwards * candidates / len(self.names)
+        return Method(np.array(correct, dtype=bool), forwards)
+
+    def of(self, member: str) -> Method:
+        return self.pick(self.right[:, self.names.index(member)], 1)
+
+    @property
+    def best(self) -> Method:
+        """The member that is best on these very problems: the hardest rival."""
+        return self.of(self.names[self.right.sum(0).argmax()])
+
+    @property
+    def oracle(self) -> Method:
+        return self.pick(self.right.any(1), len(self.names))
+
+    @property
+    def most_selected(self) -> Method:
+        """The candidate of the member that led most often; among equals the winner, as in `tie.select`."""
+        right = []
+        for r in self.records:
+            leads = [r["leaders"].count(m) for m in range(len(self.names))]
+            right.append(r["correct"][leads.index(max(leads)) if leads.count(max(leads)) == 1 else r["winner"]])
+        return self.pick(right, len(self.names))
+
+    def vote(self, count: int) -> Method:
+        """The most frequent of the first answers; of equally frequent ones that of lowest C~."""
+        right = []
+        for r in self.records:
+            answers = r["answers"][:count]
+            rank = [(-answers.count(answer), r["tcc"][m]) for m, answer in enumerate(answers)]
+            right.append(r["correct"][rank.index(min(rank))])
+        return self.pick(right, count)
+
+    def tcc(self, member: str) -> dict[str, np.ndarray]:
+        """C~(T) of a member, where nothing is relayed, for its correct and its incorrect answers."""
+        m = self.names.index(member)
+        counts = np.array([r["tcc"][m] for r in self.records])  # (problems,)
+        return {"correct": counts[self.right[:, m]], "incorrect": counts[~self.right[:, m]]}
 
 
 def accuracy(correct: Iterable[bool]) -> dict:
@@ -208,387 +301,13 @@ def accuracy(correct: Iterable[bool]) -> dict:
     return {"accuracy": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))]}  # rounding may step outside
 
 
-def paired(name: str, correct: Iterable[bool], reference: Iterable[bool]) -> dict:
+def difference(name: str, ours: Method, theirs: Method) -> dict:
     """Mean difference over the same questions, with a 95 % bootstrap interval over questions."""
-    difference = np.array(list(correct), dtype=int) - np.array(list(reference), dtype=int)  # (questions,) of -1, 0, 1
-    shares = [np.mean(difference == d) for d in (-1, 0, 1)]
-    draws = np.random.default_rng(0).multinomial(len(difference), shares, size=10_000) @ [-1, 0, 1] / len(difference)
+    signs = ours.correct.astype(int) - theirs.correct.astype(int)  # (questions,) of -1, 0, 1
+    shares = [np.mean(signs == d) for d in (-1, 0, 1)]
+    draws = np.random.default_rng(0).multinomial(len(signs), shares, size=10_000) @ [-1, 0, 1] / len(signs)
     low, high = np.percentile(draws, [2.5, 97.5])
-    return {"name": name, "difference": float(difference.mean()), "ci95": [float(low), float(high)]}
-
-
-def change_rate(records: list[Record]) -> float | None:
-    """Share of relays whose leader differs from the relay before (Table 5); None without such relays."""
-    changes = [a != b for record in records for a, b in zip(record["leaders"], record["leaders"][1:])]
-    return sum(changes) / len(changes) if changes else None
-
-
-def won(record: Record) -> bool:
-    return record["correct"][record["winner"]]
-
-
-# --- the toy experiment -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ToyJob:
-    """A decoding of toy problems, or a batch of it, for any process."""
-
-    folder: str
-    names: tuple[str, ...]
-    config: tie.Config
-    problems: tuple[train_toy.Problem, ...]
-    factors: tuple[tuple[str, float], ...] = ()  # members and the factors on their logits
-    dtype: str | None = None  # of the weights; None: as stored
-    temperature: float = 0.0  # sample at this temperature instead of decoding greedily
-    restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
-
-
-def toy_setup(job: ToyJob) -> Setup:
-    """Members from their folders below the job's, all of one vocabulary."""
-    members = [toy_member(job, name, place) for place, name in enumerate(job.names)]
-
-    def canvases(questions: list[Question]) -> list[tie.Canvas]:
-        canvas = toy_canvas([q.prompt for q in questions])
-        return [restarted(job, canvas) if job.restart else canvas] * len(members)
-
-    return Setup(
-        members, canvases, text=lambda m, ids: train_toy.decode(ids),
-        grade=lambda question, answer: (answer, answer == question.gold),
-    )  # fmt: skip
-
-
-def toy_member(job: ToyJob, name: str, place: int = 0) -> tie.Member:
-    """The member of this name; copies at other places among the members differ where they sample."""
-    model, config = mdlm.load(Path(job.folder) / name, dtype=DTYPES.get(job.dtype))
-    factor = dict(job.factors).get(name, 1.0)
-    scaled = model if factor == 1 else (lambda *inputs: factor * model(*inputs))
-    seed = zlib.crc32(f"{place} {job.problems[0].prompt}".encode()) if job.temperature else 0
-    denoise = sampling(scaled, job.temperature, seed) if job.temperature else scaled
-    return tie.Member(denoise, config.mask_id, config.eos_id, name)
-
-
-def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denoiser:
-    """With Gumbel noise on the logits the greedy choice is a sample at the temperature. The noise reaches the order of
-    unmasking too, since that follows the same logits."""
-    dice = torch.Generator().manual_seed(seed)
-
-    def noisy(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        logits = denoise(tokens, positions, mask)  # (B, K, V)
-        exponential = torch.empty_like(logits).exponential_(generator=dice)  # (B, K, V)
-        return logits / temperature - exponential.log()
-
-    return noisy
-
-
-def restarted(job: ToyJob, canvas: tie.Canvas) -> tie.Canvas:
-    """The canvas as the member that `restart` names, decoding alone, has it after the steps given there."""
-    name, steps = job.restart or ("", 0)
-    states: list[dict] = []
-    tie.ensemble([toy_member(job, name)], [canvas], replace(job.config, interval=steps), states.append)
-    return replace(canvas, tokens=states[0]["tokens"][0], masked=states[0]["masked"][0])
-
-
-def toy_canvas(prompts: list[str]) -> tie.Canvas:
-    return tie.Canvas.blank(
-        [train_toy.encode(prompt) for prompt in prompts], train_toy.encode(train_toy.SUFFIX),
-        train_toy.REASONING_LENGTH, train_toy.ANSWER_LENGTH, mask_id=train_toy.MASK, pad_id=train_toy.PAD,
-    )  # fmt: skip
-
-
-def decode_job(job: ToyJob) -> list[Record]:
-    torch.set_num_threads(1)  # the jobs share the cores
-    questions = [Question(p.prompt, p.prompt, p.answer) for p in job.problems]
-    return decode_questions(toy_setup(job), job.config, questions)
-
-
-@contextmanager
-def workers(jobs: int) -> Iterator[Callable]:
-    """A `map` that keeps the order: over one process a core, or here where one is enough."""
-    count = min(jobs, os.cpu_count() or 1)
-    if count < 2:
-        yield map
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=train_toy.end_with_parent) as pool:
-
-        def started(*jobs: Any) -> Iterator:
-            with train_toy.deaf_processes():
-                return pool.map(*jobs)
-
-        try:
-            yield started
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def decode_toy(args: argparse.Namespace, runs: dict[str, ToyJob]) -> dict[str, list[Record]]:
-    """Records of every run, in the order of its problems."""
-    files = {name: Records(args.out, name) for name in runs}
-    batches = [(name, replace(job, problems=job.problems[i : i + args.batch_size]))
-               for name, job in runs.items() for i in range(0, len(job.problems), args.batch_size)]  # fmt: skip
-    todo = [(name, job) for name, job in batches if any(p.prompt not in files[name].done for p in job.problems)]
-    total = sum(len(job.problems) for _, job in todo)
-    with tqdm(total=total, unit="problem", disable=None) as bar, workers(len(todo)) as pool:
-        for (name, job), records in zip(todo, pool(decode_job, [job for _, job in todo])):
-            bar.set_description(name)
-            files[name].add(records)
-            bar.update(len(records))
-    return {name: [files[name].done[p.prompt] for p in job.problems] for name, job in runs.items()}
-
-
-METHODS = ("post-generation", *(f"tie {score}" for score in tie.SCORES))  # of the main table
-TOY_STEPS = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # T, at one token a step
-
-
-def toy_methods(job: ToyJob) -> dict[str, ToyJob]:
-    """The rows of the main table. With n >= T no relay takes place: members alone, and post-generation (Table 3)."""
-    fields: list[dict] = [{"interval": TOY_STEPS}, *({"score": score} for score in tie.SCORES)]
-    return {name: replace(job, config=replace(job.config, **own)) for name, own in zip(METHODS, fields)}
-
-
-def row(name: str, correct: list[bool], records: list[Record], share: float = 1) -> dict:
-    """One line of a table; `share` is the part of the records' forwards that the method needs."""
-    method, _, score = name.partition(" ") if name.startswith("tie ") else (name, "", "")
-    forwards = share * float(np.mean([record["forwards"] for record in records]))
-    return {"method": method, "score": score or None, **accuracy(correct), "forwards": forwards,
-            "change_rate": change_rate(records)}  # fmt: skip
-
-
-def main_table(records: dict[str, list[Record]], names: Sequence[str]) -> dict:
-    """Rows and comparisons of the main table, as `--json` prints them, from the records of its methods."""
-    alone = records["post-generation"]
-    members = member_answers(alone, names)
-    best = max(members, key=lambda name: sum(members[name]))
-    rows = [row(name, correct, alone, 1 / len(names)) for name, correct in members.items()]
-    rows.append(row("oracle", [any(r["correct"]) for r in alone], alone))
-    comparisons, right = [], {name: [won(r) for r in own] for name, own in records.items()}
-    for name, own in records.items():
-        rows.append(row(name, right[name], own))
-        comparisons.append(paired(f"{name} - best member", right[name], members[best]))
-        if name != "post-generation":
-            comparisons.append(paired(f"{name} - post-generation", right[name], right["post-generation"]))
-    tcc = [{"member": name, **split_tcc(alone, m)} for m, name in enumerate(names)]
-    return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
-
-
-def member_answers(alone: list[Record], names: Sequence[str]) -> dict[str, list[bool]]:
-    return {f"member {name}": [r["correct"][m] for r in alone] for m, name in enumerate(names)}
-
-
-def split_tcc(records: list[Record], m: int) -> dict:
-    """Mean C~(T) of member m decoding alone, over its correct and its incorrect answers (Table 1)."""
-    groups = {name: [r["tcc"][m] for r in records if r["correct"][m] == right]
-              for name, right in (("correct", True), ("incorrect", False))}  # fmt: skip
-    return {name: float(np.mean(values)) if values else None for name, values in groups.items()}
-
-
-def percent(value: float | None, signed: bool = False) -> str:
-    return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
-
-
-def show_table(table: dict) -> None:
-    """A table for a terminal: accuracies in percent, differences in percentage points."""
-    differences = {c["name"]: f"{percent(c['difference'], True)} [{', '.join(percent(x, True) for x in c['ci95'])}]"
-                   for c in table["comparisons"]}  # fmt: skip
-    line = "{:<26}{:>9}  {:<14}{:<21}{:<21}{:>8}{:>10}{:>8}"
-    paper = "paper" if any("paper" in row for row in table["rows"]) else ""
-    heads = ("method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards", paper)
-    print(line.format(*heads).rstrip())
-    for entry in table["rows"]:
-        name = " ".join(filter(None, (entry["method"], entry["score"])))
-        print(line.format(
-            name, percent(entry["accuracy"]), f"[{', '.join(map(percent, entry['ci95']))}]",
-            differences.get(f"{name} - best member", ""), differences.get(f"{name} - post-generation", ""),
-            percent(entry["change_rate"]), f"{entry['forwards']:.1f}", entry.get("paper") or "",
-        ).rstrip())  # fmt: skip
-    for t in table.get("tcc", []):
-        means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
-        print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
-
-
-# --- the paper's tables on the toy --------------------------------------------------------------------
-
-TITLES = {
-    "1": "token change count C(T) of correct and of incorrect answers",
-    "2": "correction rate after a restart from another member's correct trajectory, %",
-    "3": "main result, accuracy % / forwards",
-    "5": "model change rate, % of relays whose leader differs from the relay before",
-    "6": "ensemble interval n, accuracy %",
-    "7": "accelerated decoding, accuracy % / forwards",  # a member's forwards: the mean over members
-    "8": "normalisation of the token change count, accuracy %",
-    "9": "source-only and cross-model scoring, accuracy %",
-    "10": "final selection, accuracy %; the best model is the best on validation problems",
-}
-PAPER: dict[str, tuple[tuple[str, ...], dict[str, tuple[float, ...]]]] = {  # columns; rows
-    "1": (("correct", "incorrect"), {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19),
-                                     "LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)}),
-    "2": (("first 33 %", "first 50 %"), {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57),
-                                         "LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)}),
-    "8": (("without", "with"), {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)}),
-    "9": (("source-only", "cross-model"), {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)}),
-    "10": (("lowest C~", "best model", "most selected"), {"GSM8K": (83.47, 81.65, 83.17)}),
-}  # fmt: skip
-TCC, *LOGIT = METHODS[1:]
-PLAIN = "post-generation plain count"
-SHARES = (33, 50)  # Table 2: percent of the other's trajectory
-INTERVALS = {4: 8, 8: 16, 16: 32}  # Table 6: n on the toy, T = 38, and in the paper, T = 256
-SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
-
-
-@dataclass(frozen=True)
-class Toy:
-    """What tables and figures are made from."""
-
-    names: tuple[str, ...]
-    best: int  # the member best on the validation problems of its training
-    factors: dict[str, tuple[tuple[str, float], ...]]  # of a table: members and the factors on their logits in it
-    records: dict[str, list[Record]]  # of each run
-
-
-def toy_runs(job: ToyJob, factors: tuple[tuple[str, float], ...]) -> dict[str, ToyJob]:
-    """Every run that the paper's tables and figures read, but for `restarts`."""
-    alone = {"interval": TOY_STEPS}
-    fields: dict[str, dict] = {PLAIN: alone | {"normalize": False}, "tie plain count": {"normalize": False}}
-    fields |= {f"tie n={n}": {"interval": n} for n in INTERVALS}
-    for name, speed in SPEEDS.items():
-        fields |= {f"post-generation {name}": alone | speed, f"tie {name}": speed}
-    fields |= {f"{name} source-only": {"score": name[4:], "cross_model": False} for name in LOGIT}
-    runs = toy_methods(job) | {name: replace(job, config=replace(job.config, **own)) for name, own in fields.items()}
-    for name in [f"{name}{scoring}" for name in LOGIT for scoring in ("", " source-only")]:
-        runs[f"{name} overconfident"] = replace(runs[name], factors=factors)
-    for member, score in itertools.product(job.names, tie.SCORES[1:]):  # Fig. 1: a relay to itself, scored, each step
-        config = replace(job.config, score=score, interval=1)
-        runs[f"member {member} {score}"] = replace(job, names=(member,), config=config)
-    return runs
-
-
-def restarts(job: ToyJob, alone: list[Record]) -> dict[str, ToyJob]:
-    """Table 2: each member on what it failed alone and the other solved, from the start of the other's trajectory."""
-    runs = {}
-    for (r, receiver), (s, sender) in itertools.permutations(enumerate(job.names), 2):
-        failed = [p for p, record in zip(job.problems, alone) if record["correct"][s] and not record["correct"][r]]
-        for part in SHARES:
-            start = (sender, round(part * TOY_STEPS / 100))
-            own = replace(job, names=(receiver,), problems=tuple(failed), restart=start)
-            runs[restart_name(receiver, part)] = own
-    return runs
-
-
-def restart_name(member: str, part: int) -> str:
-    return f"member {member} restarted at {part} %"
-
-
-def decode_once(args: argparse.Namespace, runs: dict[str, ToyJob], needed: Iterable[str]) -> dict[str, list[Record]]:
-    """Records of the runs needed; a run shares those of the first in `runs` that equals it."""
-    first: dict[ToyJob, str] = {}
-    for name, job in runs.items():
-        first.setdefault(job, name)
-    own = {name: first[runs[name]] for name in needed}
-    records = decode_toy(args, {name: runs[name] for name in dict.fromkeys(own.values())})
-    return {name: records[own[name]] for name in own}
-
-
-Grid = tuple[dict[str, dict[str, str]], dict[str, list]]
-
-
-def grids(names: tuple[str, ...]) -> dict[str, Grid]:
-    """The tables of accuracies. Rows and columns: the run of each cell, and after ": " which candidate, if not its
-    winner. Claims: the differences that decide, each its name and two runs like a cell's; None for one half."""
-    after, members = "post-generation", {f"member {name}": f": {name}" for name in names}
-    restarted = {f"member {name}": {f"first {part} %": restart_name(name, part) for part in SHARES} for name in names}
-    fast = {row: {speed: f"{after} {speed}{pick}" for speed in SPEEDS} for row, pick in {**members, after: ""}.items()}
-    main = {row: {"accuracy": after + pick} for row, pick in members.items()} | {m: {"accuracy": m} for m in METHODS}
-    rivals = (("the best member", ": best member"), ("post-generation", ""))
-    scoring = {name + group: {"source-only": f"{name} source-only{group}", "cross-model": name + group}
-               for group in ("", " overconfident") for name in LOGIT}  # fmt: skip
-    return {
-        "2": (restarted, {"Restarted, a member corrects more than half of what it failed alone":
-                          [(f"{row}, {part} - half", run, None) for row, runs in restarted.items()
-                           for part, run in runs.items()]}),
-        "3": (main, {f"TIE is ahead of {rival} with every score":
-                     [(f"{name} - {rival}", name, after + pick) for name in METHODS[1:]] for rival, pick in rivals}),
-        "6": ({f"n = {n}, paper {m}": {"accuracy": f"tie n={n}"} for n, m in INTERVALS.items()} |
-              {after: {"accuracy": after}},
-              {"TIE is ahead of post-generation at every n": [(f"n = {n}", f"tie n={n}", after) for n in INTERVALS]}),
-        "7": (fast | {TCC: {speed: f"tie {speed}" for speed in SPEEDS}},
-              {f"TIE is ahead with {speed}": [(f"TIE - {rival}", f"tie {speed}", f"{after} {speed}{pick}")
-                                              for rival, pick in rivals] for speed in SPEEDS}),
-        "8": ({TCC: {"without": "tie plain count", "with": TCC}},
-              {"Normalisation helps": [("with - without", TCC, "tie plain count")]}),
-        "9": (scoring, {f"Cross-model scoring helps {row}":
-                        [("cross-model - source-only", runs["cross-model"], runs["source-only"])]
-                        for row, runs in scoring.items()}),
-        "10": ({TCC: {"lowest C~": TCC, **{pick: f"{TCC}: {pick}" for pick in ("best model", "most selected")}}},
-               {"The lowest C~ selects best": [(f"lowest C~ - {pick}", TCC, f"{TCC}: {pick}")
-                                               for pick in ("best model", "most selected")]}),
-        **own_grids(),
-    }  # fmt: skip
-
-
-def runs_of(number: str, names: tuple[str, ...]) -> list[str]:
-    """The runs that a table reads."""
-    if number in ("1", "5"):
-        return [PLAIN] if number == "1" else list(METHODS[1:])
-    rows, _ = grids(names)[number]  # a claim's runs are among the cells', or "post-generation"
-    return [source.partition(": ")[0] for row in rows.values() for source in row.values()]
-
-
-def answers_right(toy: Toy, source: str) -> list[bool]:
-    """Of a run's candidates those that `source` names, or the winners."""
-    run, _, pick = source.partition(": ")
-    records = toy.records[run]
-    fixed = {name: m for m, name in enumerate(toy.names)} | {"best model": toy.best, "first": 0, "second": 1}
-    if pick == "oracle":
-        return [any(r["correct"]) for r in records]
-    if pick.startswith("vote"):
-        return [vote(r, int(pick.split()[1])) for r in records]
-    if pick == "best member":  # on the test problems themselves: the hardest rival
-        fixed[pick] = max(range(len(records[0]["correct"])), key=lambda m: sum(r["correct"][m] for r in records))
-    if pick == "most selected":
-        return [r["correct"][most_selected(r)] for r in records]
-    return [r["correct"][fixed.get(pick, r["winner"])] for r in records]
-
-
-def most_selected(record: Record) -> int:
-    """The member that led most often; with equal numbers the one of lowest C~, as in `tie.select`."""
-    leads = [record["leaders"].count(m) for m in range(len(record["correct"]))]
-    return leads.index(max(leads)) if leads.count(max(leads)) == 1 else record["winner"]
-
-
-def candidates_used(pick: str, members: int) -> float:
-    """The part of a run's forwards that the pick needs."""
-    if pick.startswith("vote"):
-        return int(pick.split()[1]) / members
-    return 1 if pick in ("", "oracle", "most selected") else 1 / members
-
-
-def share(row: str, column: str, right: Sequence[bool]) -> dict:
-    merit = accuracy(right) if right else {"accuracy": None, "ci95": None}
-    return {"row": row, "column": column, "value": merit["accuracy"], "ci95": merit["ci95"], "n": len(right)}
-
-
-def grid_table(number: str, toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Cells, and what decides each claim, of a table of accuracies."""
-    rows, claims = grids(toy.names)[number]
-    cells = []
-    for row, sources in rows.items():
-        for column, source in sources.items():
-            run, _, pick = source.partition(": ")
-            forwards = [r["forwards"] * candidates_used(pick, len(r["correct"])) for r in toy.records[run]]
-            cell = share(row, column, answers_right(toy, source))
-            cells.append({**cell, "forwards": float(np.mean(forwards)) if forwards else None})
-    return cells, {claim: [compared(toy, *pair) for pair in pairs] for claim, pairs in claims.items()}
-
-
-def compared(toy: Toy, name: str, source: str, reference: str | None) -> dict:
-    right = answers_right(toy, source)
-    if reference is not None:
-        return paired(name, right, answers_right(toy, reference))
-    rate = share("", "", right)
-    return {"name": name, "difference": rate["value"] - 0.5 if right else None,
-            "ci95": [x - 0.5 for x in rate["ci95"]] if right else None}  # fmt: skip
+    return {"name": name, "difference": float(signs.mean()), "ci95": [float(low), float(high)]}
 
 
 def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
@@ -600,28 +319,10 @@ def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
     return {"value": float(statistic(*groups)), "ci95": [float(x) for x in np.percentile(draws, [2.5, 97.5])]}
 
 
-def table_1(toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
-    cells, gaps = [], []
-    for m, name in enumerate(toy.names):
-        counts = {label: np.array([r["tcc"][m] for r in toy.records[PLAIN] if r["correct"][m] == right])
-                  for label, right in (("correct", True), ("incorrect", False))}  # fmt: skip
-        for label, own in counts.items():
-            cells.append({"row": f"member {name}", "column": label, **estimate(np.mean, own), "n": len(own)})
-        gap = estimate(lambda right, wrong: wrong.mean() - right.mean(), *counts.values())
-        gaps.append({"name": f"member {name}, incorrect - correct", "difference": gap["value"], "ci95": gap["ci95"]})
-    return cells, {"The answer tokens change more often where the answer is incorrect": gaps}
-
-
-def table_5(toy: Toy) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Intervals by bootstrap over problems, since the relays of one problem are not independent."""
-    cells = []
-    for name in METHODS[1:]:
-        pairs = [list(zip(r["leaders"], r["leaders"][1:])) for r in toy.records[name]]
-        counts = np.array([(sum(a != b for a, b in own), len(own)) for own in pairs if own])  # (problems, 2)
-        rate = estimate(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), counts)
-        cells.append({"row": name, "column": "change rate", **rate, "n": sum(map(len, pairs))})
-    rates = [{"name": cell["row"], "difference": cell["value"], "ci95": cell["ci95"]} for cell in cells]
-    return cells, {"The lead changes between relays with every score": rates}
+def excess(name: str, cell: dict, over: float = 0.0) -> dict:
+    """A cell's value as a difference from a constant."""
+    value, ci = cell["value"], cell["ci95"]
+    return {"name": name, "difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
 
 
 def verdict(comparisons: list[dict]) -> str:
@@ -632,19 +333,34 @@ def verdict(comparisons: list[dict]) -> str:
     return "holds" if all(ci and ci[0] > 0 for ci in intervals) else "undecided"
 
 
-def paper_table(number: str, toy: Toy) -> dict:
-    """A table as `--json` has it: shares are fractions, the paper's figures as it prints them."""
-    cells, claims = {"1": table_1, "5": table_5}.get(number, functools.partial(grid_table, number))(toy)
-    gsm8k = zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), ((x,) for x in BENCHMARKS["gsm8k"].table_3))
-    columns, rows = PAPER.get(number, (("accuracy",), dict(gsm8k) if number == "3" else {}))
-    paper = [{"row": f"paper, {row}", "column": column, "value": figure}
-             for row, figures in rows.items() for column, figure in zip(columns, figures)]  # fmt: skip
-    judged = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
-    factors = dict(toy.factors.get(number, ()))
-    return {"title": (TITLES | OWN_TITLES)[number], "factors": factors, "cells": cells, "paper": paper, "claims": judged}
+# --- tables: data, one way to print them, one way to average them over training seeds -----------------
 
 
-def over_seeds(tables: list[dict]) -> dict:
+def cell(entry: Method | dict) -> dict[str, Any]:
+    """Of a table: a method's accuracy, or an estimate as it is."""
+    if isinstance(entry, dict):
+        return entry
+    merit = accuracy(entry.correct) if len(entry.correct) else {"accuracy": None, "ci95": None}
+    return {"value": merit["accuracy"], "ci95": merit["ci95"], "n": len(entry.correct), "forwards": entry.forwards}
+
+
+class Table:
+    """As `--json` has it: shares are fractions, the paper's figures as it prints them."""
+
+    claims: list[dict[str, Any]]
+
+    def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, list[dict]], paper: dict | None = None):
+        """Rows: a Method or an estimate a column, or one alone, its accuracy. Claims: the differences that decide."""
+        grid = {row: own if type(own) is dict else {"accuracy": own} for row, own in rows.items()}
+        self.title, columns = title, [*dict.fromkeys(column for own in grid.values() for column in own)]
+        self.cells = [{"row": row, "column": column, **cell(entry)} for row, own in grid.items()
+                      for column, entry in own.items()]  # fmt: skip
+        self.paper = [{"row": f"paper, {row}", "column": column, "value": value}
+                      for row, values in (paper or {}).items() for column, value in zip(columns, values)]  # fmt: skip
+        self.claims = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
+
+
+def average(tables: list[Table]) -> Table:
     """Mean and standard deviation over training seeds in place of each value, a count in place of each verdict."""
 
     def spread(key: str, own: Sequence[dict]) -> dict:
@@ -652,20 +368,23 @@ def over_seeds(tables: list[dict]) -> dict:
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {key: float(np.mean(values)) if values else None, "sd": sd, "values": [entry.get(key) for entry in own]}
 
-    cells = [{"row": own[0]["row"], "column": own[0]["column"], "forwards": spread("forwards", own)["forwards"],
-              **spread("value", own)}
-             for own in zip(*(table["cells"] for table in tables))]  # fmt: skip
-    claims = []
-    for own in zip(*(table["claims"] for table in tables)):
+    mean = copy.copy(tables[0])
+    mean.cells = [{"row": own[0]["row"], "column": own[0]["column"], "forwards": spread("forwards", own)["forwards"],
+                   **spread("value", own)} for own in zip(*(table.cells for table in tables))]  # fmt: skip
+    mean.claims = []
+    for own in zip(*(table.claims for table in tables)):
         each = [claim["verdict"] for claim in own]
         counted = ", ".join(f"{word} with {each.count(word)} of {len(each)} seeds" for word in dict.fromkeys(each))
         differences = [{"name": c[0]["name"], **spread("difference", c)} for c in zip(*(x["comparisons"] for x in own))]
-        claims.append({"claim": own[0]["claim"], "verdict": counted, "comparisons": differences})
-    factors = {name: [table["factors"].get(name) for table in tables] for table in tables for name in table["factors"]}
-    return {**tables[0], "factors": factors, "cells": cells, "claims": claims}
+        mean.claims.append({"claim": own[0]["claim"], "verdict": counted, "comparisons": differences})
+    return mean
 
 
-def figure_text(entry: dict, value: float | None, unit: str, signed: bool = False) -> str:
+def percent(value: float | None, signed: bool = False) -> str:
+    return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+
+
+def figure(entry: dict[str, Any], value: float | None, unit: str = "%", signed: bool = False) -> str:
     """A value with its interval or its standard deviation over seeds."""
     if value is None:
         return "no sample"
@@ -674,279 +393,497 @@ def figure_text(entry: dict, value: float | None, unit: str, signed: bool = Fals
     return form(value) + interval + (f" ± {form(entry['sd']).lstrip('+')}" if entry.get("sd") is not None else "")
 
 
-def show_paper_table(number: str, table: dict, problems: int) -> None:
-    """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
-    print(f"\n{f'Table {number}' if number in TITLES else 'Beyond the paper'}: {table['title']}")
-    for name, factors in table["factors"].items():
-        each = factors if isinstance(factors, list) else [factors]
-        print(f"(logits of {name} times {', '.join('-' if factor is None else f'{factor:.3g}' for factor in each)})")
-    unit = "%" if "%" in table["title"] else ""
-    grid: dict[str, dict[str, str]] = {}
-    for cell in table["cells"]:
-        text = figure_text(cell, cell["value"], unit)
-        text += f" / {cell['forwards']:.1f}" if "forwards" in table["title"] else ""
-        text += f" n={cell['n']}" if cell.get("n", problems) != problems else ""
-        grid.setdefault(cell["row"], {})[cell["column"]] = text
-    for cell in table["paper"]:
-        grid.setdefault(cell["row"], {})[cell["column"]] = f"{cell['value']:g}"
-    columns = list(dict.fromkeys(cell["column"] for cell in table["cells"]))
-    lines = [["", *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in grid.items())]
+def show_grid(lines: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    for claim in table["claims"]:
-        differences = [f"{c['name']}: {figure_text(c, c['difference'], unit, True)}" for c in claim["comparisons"]]
-        text = f"{claim['claim']}: {claim['verdict']} ({'; '.join(differences)})"
-        print(textwrap.fill(text, 120, subsequent_indent="    "))
 
 
-# --- questions beyond the paper ---------------------------------------------------------------------------
+def show_table(name: str, table: Table, problems: int) -> None:
+    """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
+    print(f"\n{f'Table {name}' if name.isdigit() else 'Beyond the paper'}: {table.title}")
+    unit, grid = "%" if "%" in table.title else "", dict[str, dict[str, str]]()
+    for own in table.cells:
+        text = figure(own, own["value"], unit)
+        text += f" / {own['forwards']:.1f}" if "forwards" in table.title and own["forwards"] is not None else ""
+        text += f" n={own['n']}" if own.get("n", problems) != problems else ""
+        grid.setdefault(own["row"], {})[own["column"]] = text
+    columns = list(dict.fromkeys(own["column"] for own in table.cells))
+    for own in table.paper:
+        grid.setdefault(own["row"], {})[own["column"]] = f"{own['value']:g}"
+    show_grid([["", *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in grid.items())])
+    for claim in table.claims:
+        said = "; ".join(f"{c['name']}: {figure(c, c['difference'], unit, True)}" for c in claim["comparisons"])
+        print(textwrap.fill(f"{claim['claim']}: {claim['verdict']} ({said})", 120, subsequent_indent="    "))
 
-OWN_TITLES = {
-    "members": "one to four members, their rare facts disjoint, accuracy % / forwards",
-    "cost": "equal cost, TIE against votes over samples of one member, accuracy % / forwards",
-    "history": "a fifth score, the source model's top-1 probability averaged over the round, accuracy %",
-    "unequal": "a member far weaker than the other; logit scores also calibrated, accuracy %",
-}
-HISTORY = "tie top1_history"
+
+# --- the toy: members of one training seed, and all that is decoded with them -------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Toy problems, and all that it takes to decode them in any process."""
+
+    folder: Path
+    names: tuple[str, ...]
+    config: tie.Config
+    problems: tuple[train_toy.Problem, ...]
+    device: str
+    dtype: str | None  # of the weights; None: as stored
+    temperature: float = 0.0  # sample at this temperature instead of decoding greedily
+    restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
+
+    def questions(self) -> list[Question]:
+        return [Question(p.prompt, p.prompt, p.answer) for p in self.problems]
+
+    def member(self, name: str, place: int = 0) -> tie.Member:
+        """The member of this name; copies at other places among the members differ where they sample."""
+        model, config = mdlm.load(self.folder / name, self.device, DTYPES[self.dtype])
+        seed = zlib.crc32(f"{place} {self.problems[0].prompt}".encode())
+        denoise = sampling(model, self.temperature, seed) if self.temperature else model
+        return tie.Member(denoise, config.mask_id, config.eos_id, name)
+
+    def canvas(self, questions: list[Question]) -> tie.Canvas:
+        canvas = train_toy.canvas([q.prompt for q in questions], self.device)
+        if self.restart is None:
+            return canvas
+        states: list[dict] = []
+        alone = replace(self.config, interval=self.restart[1])
+        tie.ensemble([self.member(self.restart[0])], [canvas], alone, states.append)
+        return replace(canvas, tokens=states[0]["tokens"][0], masked=states[0]["masked"][0])
+
+    def setup(self) -> Setup:
+        members = [self.member(name, place) for place, name in enumerate(self.names)]
+        return Setup(members, lambda questions: [self.canvas(questions)] * len(members),
+                     lambda m, ids: train_toy.decode(ids), lambda q, answer: (answer, answer == q.gold))  # fmt: skip
+
+
+def decode_job(job: Job) -> list[Record]:
+    torch.set_num_threads(1)  # the jobs share the cores
+    return decode_questions(job.setup(), job.config, job.questions())
+
+
+def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denoiser:
+    """With Gumbel noise on the logits the greedy choice is a sample at the temperature. The noise reaches the order of
+    unmasking too, since that follows the same logits."""
+    dice = torch.Generator().manual_seed(seed)
+
+    def noisy(tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        logits = denoise(tokens, positions, mask)  # (B, K, V)
+        exponential = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=dice)  # (B, K, V)
+        return logits / temperature - exponential.log().to(logits.device)
+
+    return noisy
+
+
+class Toy:
+    """The members of one training seed; what they decode is kept, in memory and under --out."""
+
+    def __init__(self, args: argparse.Namespace, training: train_toy.Settings, pool: Callable[..., Iterator]):
+        self.args, self.training, self.pool, self.runs = args, training, pool, dict[Job, Run]()
+        self.out = args.out / f"seed{training.seed}" if args.out and args.seeds > 1 else args.out
+        count = args.problems if args.unsolved or not args.trace else args.trace
+        problems = train_toy.problems("test", count, args.problem_seed)
+        self.plain = Job(args.checkpoints / f"toy-seed{training.seed}", tuple(train_toy.NAMES[:2]),
+                         config_of(args, TOY_INTERVAL), tuple(problems), args.device[0], args.dtype)  # fmt: skip
+        self.names = self.plain.names
+        self.settings = {"task": "toy", "members": self.names, "problems": args.problems,
+                         "problem_seed": args.problem_seed, "batch_size": args.batch_size, "device": args.device[0],
+                         "dtype": args.dtype, "config": asdict(self.plain.config), "training": asdict(training)}
+        self.prints = {"questions": fingerprint(self.plain.questions())}
+        open_results(self.out, self.settings, self.prints)
+
+    def train(self, plan: train_toy.Plan | None = None) -> list[dict]:
+        """Those of the plan, by default the first two, that are not trained yet; the records of their training."""
+        plan, folder = plan or train_toy.plan_members(self.training), self.plain.folder
+        records = train_toy.train_members(plan, folder, self.plain.device)
+        self.prints |= {f"weights of {name}": fingerprint(folder / name) for name in plan}
+        open_results(self.out, self.settings, self.prints)
+        return records
+
+    @functools.cached_property
+    def best(self) -> str:
+        """The member that is best on the validation problems of its training."""
+        accuracies = [record["validation_accuracy"] for record in self.train()]
+        return self.names[accuracies.index(max(accuracies))]
+
+    @property
+    def other(self) -> str:
+        return next(name for name in self.names if name != self.best)
+
+    def job(self, members: Sequence[str] | None = None, *, problems: Sequence[train_toy.Problem] | None = None,
+            restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any) -> Job:  # fmt: skip
+        """By default of the first two members, all problems, and the command's own settings."""
+        return replace(self.plain, names=tuple(members or self.names), config=replace(self.plain.config, **config),
+                       problems=self.plain.problems if problems is None else tuple(problems), restart=restart,
+                       temperature=temperature)  # fmt: skip
+
+    def run(self, *members: Sequence[str], **changes: Any) -> Run:
+        """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
+        job = self.job(*members, **changes)
+        if job not in self.runs:
+            self.runs[job] = Run(self.decode(job), job.names)
+        return self.runs[job]
+
+    def decode(self, job: Job) -> list[Record]:
+        """Records of the job's problems, in their order: what is under --out, and the rest."""
+        title, size = self.title(job), self.args.batch_size
+        file = Records(self.out, title, len(job.names))
+        batches = [replace(job, problems=job.problems[i : i + size]) for i in range(0, len(job.problems), size)]
+        todo = [batch for batch in batches if any(p.prompt not in file.done for p in batch.problems)]
+        with tqdm(total=sum(len(batch.problems) for batch in todo), desc=title, unit="problem", disable=None) as bar:
+            for records in self.pool(decode_job, todo) if todo else ():
+                file.add(records)
+                bar.update(len(records))
+        return [file.done[p.prompt] for p in job.problems]
+
+    def title(self, job: Job) -> str:
+        """Members, and what differs from the command's own settings; the name of a file."""
+        def said(of: Job) -> dict:
+            return {**vars(of.config), "temperature": of.temperature, "restart": of.restart}
+
+        usual = said(self.plain)
+        parts = [f"{key}={value}" for key, value in said(job).items() if value != usual[key]]
+        return re.sub(r"[^\w.=-]+", "-", " ".join(["-".join(job.names), *parts]))
+
+
+# --- the tables, in the paper's order, and those beyond it --------------------------------------------
+
+T = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # steps at one token a step; with n >= T nothing is relayed
+TOY_INTERVAL = 2  # n
+METHODS: dict[str, dict] = {"post-generation": {"interval": T}, **{f"tie {s}": {"score": s} for s in tie.SCORES}}
+TCC, *LOGIT = [name for name in METHODS if name != "post-generation"]
+STARTS = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T),
+          "all reasoning": train_toy.REASONING_LENGTH}  # Table 2: steps of the other's trajectory; the last is ours
+INTERVALS = {2: 8, 4: 16, 8: 32}  # Table 6: n on the toy, T = 32, and in the paper, T = 256
+SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
 SIZES = range(1, 5)  # M
-AFTER = {m: METHODS[0] if m == 2 else f"{METHODS[0]} M={m}" for m in SIZES}
-TIED = {m: TCC if m == 2 else f"tie M={m}" for m in SIZES}
-TEMPERATURE = 0.25  # of the samples; the best of 0.25, 0.5, 1 on validation problems
+TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5, 1 on validation problems
 
 
-def own_grids() -> dict[str, Grid]:
-    """As `grids`."""
-    voted = {m: f"samples: vote {m}" for m in SIZES[1:]}
-    rival = "unequal post-generation: first"
-    unequal = {"the better member": {"as trained": rival}, "the weaker one": {"as trained": rival[:-5] + "second"}}
-    unequal |= {name: {"as trained": f"unequal {name}"} for name in (*METHODS, HISTORY)}
-    for name in (*LOGIT, HISTORY):
-        unequal[name]["calibrated"] = f"unequal {name} calibrated"
-    return {
-        "members": ({f"M = {m}": {"best member": f"{AFTER[m]}: best member", "oracle": f"{AFTER[m]}: oracle",
-                                  "post-generation": AFTER[m], "TIE": TIED[m]} for m in SIZES},
-                    {"TIE gains with every further member":
-                     [(f"M = {m + 1} - M = {m}", TIED[m + 1], TIED[m]) for m in SIZES[:-1]],
-                     "TIE is ahead of post-generation": [(f"M = {m}", TIED[m], AFTER[m]) for m in SIZES[1:]]}),
-        "cost": ({"best member, greedy": {"accuracy": "post-generation: best model"},
-                  "best member, trained twice as long": {"accuracy": "trained longer"},
-                  **{f"best member, vote of {m} samples": {"accuracy": voted[m]} for m in voted},
-                  **{f"TIE of {m} members": {"accuracy": TIED[m]} for m in voted}},
-                 {"TIE is ahead of as many samples of its best member":
-                  [(f"M = {m}", TIED[m], voted[m]) for m in voted],
-                  "TIE of two is ahead of the best member trained twice as long":
-                  [("TIE - best member", TCC, "trained longer")]}),
-        "history": ({TCC: {f"n = {n}": f"tie n={n}" for n in INTERVALS},
-                     HISTORY: {f"n = {n}": f"{HISTORY} n={n}" for n in INTERVALS},
-                     **{name: {"n = 4": f"{name} n=4"} for name in LOGIT}},
-                    {"The fifth score is ahead of the token change count":
-                     [(f"n = {n}", f"{HISTORY} n={n}", f"tie n={n}") for n in INTERVALS],
-                     "The fifth score is ahead of the three logit scores":
-                     [(f"n = 4, {name}", f"{HISTORY} n=4", f"{name} n=4") for name in LOGIT]}),
-        "unequal": (unequal, {"TIE is ahead of the better member": [(name, f"unequal {name}", rival)
-                                                                    for name in (*METHODS[1:], HISTORY)],
-                              "Calibration helps": [(name, f"unequal {name} calibrated", f"unequal {name}")
-                                                    for name in (*LOGIT, HISTORY)]}),
-    }  # fmt: skip
+def table_1(toy: Toy) -> Table:
+    alone, rows, gaps = toy.run(interval=T, normalize=False), {}, []
+    for name in toy.names:
+        counts = alone.tcc(name)
+        rows[f"member {name}"] = {label: {**estimate(np.mean, own), "n": len(own)} for label, own in counts.items()}
+        gap = estimate(lambda right, wrong: wrong.mean() - right.mean(), *counts.values())
+        gaps.append(excess(f"member {name}, incorrect - correct", gap))
+    return Table("token change count C(T) of correct and of incorrect answers", rows,
+                 {"The answer tokens change more often where the answer is incorrect": gaps},
+                 {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19),
+                  "LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)})  # fmt: skip
 
 
-def own_plan(tables: Sequence[str], settings: train_toy.Settings, best: str, other: str) -> train_toy.Plan:
-    """The members that these tables need beside A and B."""
-    plan: train_toy.Plan = {}
-    if {"members", "cost"} & set(tables):
-        plan |= train_toy.plan_members(settings, max(SIZES))
-    if "cost" in tables:
-        plan[f"{best}-long"] = (replace(settings, steps=2 * settings.steps), best)
-    if "unequal" in tables:
-        plan[f"{other}-weak"] = (replace(settings, weight=settings.weight / 8), other)
-    return plan
+def table_2(toy: Toy) -> Table:
+    """Each member on what it failed alone and the other solved, from the start of the other's trajectory."""
+    alone, rows = toy.run(interval=T), {}
+    for receiver, sender in itertools.permutations(toy.names, 2):
+        failed = [*itertools.compress(toy.plain.problems, alone.of(sender).correct & ~alone.of(receiver).correct)]
+        rows[f"member {receiver}"] = {start: toy.run(receiver, problems=failed, restart=(sender, steps), interval=T)
+                                      for start, steps in STARTS.items()}  # fmt: skip
+    half = [excess(f"{row} - half", cell(runs["first 50 %"]), 0.5) for row, runs in rows.items()]
+    return Table("correction rate after a restart from another member's correct trajectory, %", rows,
+                 {"Restarted from the first 50 %, a member corrects more than half of what it failed alone": half},
+                 {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57),
+                  "LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)})  # fmt: skip
 
 
-def own_runs(job: ToyJob, best: str, other: str, calibration: tuple[tuple[str, float], ...]) -> dict[str, ToyJob]:
-    """Every run that the tables beyond the paper read, beside those of `toy_runs`."""
-    alone, runs = replace(job.config, interval=TOY_STEPS), {}
-    for m in (1, 3, 4):
-        runs[TIED[m]] = replace(job, names=tuple(train_toy.NAMES[:m]))
-        runs[AFTER[m]] = replace(runs[TIED[m]], config=alone)
-    runs["samples"] = replace(job, names=(best,) * max(SIZES), config=alone, temperature=TEMPERATURE)
-    runs["trained longer"] = replace(job, names=(f"{best}-long",), config=alone)
-    for name, n in [*((HISTORY, n) for n in INTERVALS), *((name, 4) for name in LOGIT)]:
-        runs[f"{name} n={n}"] = replace(job, config=replace(job.config, score=name[4:], interval=n))
-    unequal = replace(job, names=(best, f"{other}-weak"))
-    runs |= {f"unequal {name}": own for name, own in toy_methods(unequal).items()}
-    runs[f"unequal {HISTORY}"] = replace(unequal, config=replace(job.config, score=HISTORY[4:]))
-    for name in (*LOGIT, HISTORY):
-        runs[f"unequal {name} calibrated"] = replace(runs[f"unequal {name}"], factors=calibration)
-    return runs
+def table_3(toy: Toy) -> Table:
+    runs = {name: toy.run(**config) for name, config in METHODS.items()}
+    after = runs["post-generation"]
+    rivals = {"the best member": after.best, "post-generation": after}
+    claims = {f"TIE is ahead of {rival} with every score":
+              [difference(f"{name} - {rival}", runs[name], own) for name in (TCC, *LOGIT)]
+              for rival, own in rivals.items()}  # fmt: skip
+    paper = zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), ((x,) for x in BENCHMARKS["gsm8k"].table_3))
+    rows = {f"member {name}": after.of(name) for name in toy.names} | runs
+    return Table("main result, accuracy % / forwards", rows, claims, dict(paper))
 
 
-def vote(record: Record, count: int) -> bool:
-    """Is the most frequent of the first `count` answers right? Of equally frequent ones the answer of lowest C~."""
-    answers = record["answers"][:count]
-    most = max(map(answers.count, answers))
-    leading = [m for m, answer in enumerate(answers) if answers.count(answer) == most]
-    return record["correct"][min(leading, key=lambda m: record["tcc"][m])]
+def table_5(toy: Toy) -> Table:
+    """Intervals by bootstrap over problems, since the relays of one problem are not independent."""
+    rows, rates = {}, []
+    for name in (TCC, *LOGIT):
+        leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records if len(r["leaders"]) > 1]
+        counts = np.array([(sum(a != b for a, b in itertools.pairwise(own)), len(own) - 1) for own in leaders])
+        rate = estimate(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), counts)  # (problems, 2)
+        rows[name] = {"change rate": {**rate, "n": int(counts[:, 1].sum()) if leaders else 0}}
+        rates.append(excess(name, rate))
+    return Table("model change rate, % of relays whose leader differs from the relay before", rows,
+                 {"The lead changes between relays with every score": rates})  # fmt: skip
 
 
-def calibrated(job: ToyJob, name: str) -> tuple[str, float]:
-    """The factor on a member's logits, an inverse temperature, under which the right answers of validation problems
-    are likeliest, token by token, over the states of its own decoding."""
-    problems = train_toy.problems("validation", 200)
-    member, canvas = toy_member(job, name), toy_canvas([p.prompt for p in problems])
-    right = torch.tensor([train_toy.sequence(p) for p in problems])[:, canvas.answer]  # (B, A)
-    positions = torch.arange(canvas.answer.start, canvas.answer.stop).expand_as(right)  # (B, A)
-    states: list[dict] = []
-    tie.ensemble([member], [canvas], replace(job.config, interval=2), states.append)
-    logits, gold = [], []
-    for state in states:
-        tokens, masked = state["tokens"][0], state["masked"][0]  # (B, L)
-        open_ = masked[:, canvas.answer]  # (B, A)
-        with torch.no_grad():
-            read = member.denoise(tokens.masked_fill(masked, member.mask_id), positions, None)  # (B, A, V)
-        logits.append(read[open_])
-        gold.append(right[open_])
-    said, meant = torch.cat(logits), torch.cat(gold)  # (N, V), (N,)
-    factors = torch.logspace(-1, 1, 81)
-    return name, float(min(factors, key=lambda factor: torch.nn.functional.cross_entropy(factor * said, meant)))
+def table_6(toy: Toy) -> Table:
+    after, runs = toy.run(interval=T), {n: toy.run(interval=n) for n in INTERVALS}
+    rows = {f"n = {n}, paper {INTERVALS[n]}": run for n, run in runs.items()} | {"post-generation": after}
+    ahead = [difference(f"n = {n}", run, after) for n, run in runs.items()]
+    return Table("ensemble interval n, accuracy %", rows, {"TIE is ahead of post-generation at every n": ahead})
 
 
-# --- the paper's figures on the toy ---------------------------------------------------------------------
+def table_7(toy: Toy) -> Table:
+    after = {speed: toy.run(interval=T, **own) for speed, own in SPEEDS.items()}
+    runs = {speed: toy.run(**own) for speed, own in SPEEDS.items()}
+    rows = {f"member {name}": {speed: run.of(name) for speed, run in after.items()} for name in toy.names}
+    claims = {f"TIE is ahead with {speed}": [difference("TIE - the best member", run, after[speed].best),
+                                             difference("TIE - post-generation", run, after[speed])]
+              for speed, run in runs.items()}  # fmt: skip
+    return Table("accelerated decoding, accuracy % / forwards", rows | {"post-generation": after, TCC: runs}, claims)
+
+
+def table_8(toy: Toy) -> Table:
+    runs = {"without": toy.run(normalize=False), "with": toy.run()}
+    helps = [difference("with - without", runs["with"], runs["without"])]
+    return Table("normalisation of the token change count, accuracy %", {TCC: runs}, {"Normalisation helps": helps},
+                 {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)})  # fmt: skip
+
+
+def table_9(toy: Toy) -> Table:
+    rows = {name: {"source-only": toy.run(cross_model=False, **METHODS[name]), "cross-model": toy.run(**METHODS[name])}
+            for name in LOGIT}  # fmt: skip
+    claims = {f"Cross-model scoring helps {name}":
+              [difference("cross-model - source-only", runs["cross-model"], runs["source-only"])]
+              for name, runs in rows.items()}  # fmt: skip
+    return Table("source-only and cross-model scoring, accuracy %", rows, claims,
+                 {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)})  # fmt: skip
+
+
+def table_10(toy: Toy) -> Table:
+    run = toy.run()
+    others = {"best model": run.of(toy.best), "most selected": run.most_selected}
+    best = [difference(f"lowest C~ - {name}", run, other) for name, other in others.items()]
+    return Table("final selection, accuracy %; the best model is the best on validation problems",
+                 {TCC: {"lowest C~": run, **others}}, {"The lowest C~ selects best": best},
+                 {"GSM8K": (83.47, 81.65, 83.17)})  # fmt: skip
+
+
+def table_members(toy: Toy) -> Table:
+    toy.train(train_toy.plan_members(toy.training, max(SIZES)))
+    after = {m: toy.run(train_toy.NAMES[:m], interval=T) for m in SIZES}
+    runs = {m: toy.run(train_toy.NAMES[:m]) for m in SIZES}
+    rows = {f"M = {m}": {"best member": after[m].best, "oracle": after[m].oracle, "post-generation": after[m],
+                         "TIE": runs[m]} for m in SIZES}  # fmt: skip
+    further = [difference(f"M = {m + 1} - M = {m}", runs[m + 1], runs[m]) for m in SIZES[:-1]]
+    ahead = [difference(f"M = {m}", runs[m], after[m]) for m in SIZES[1:]]
+    claims = {"TIE gains with every further member": further, "TIE is ahead of post-generation": ahead}
+    return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows, claims)
+
+
+def table_cost(toy: Toy) -> Table:
+    best, other, twice = toy.best, toy.other, replace(toy.training, steps=2 * toy.training.steps)
+    toy.train({**train_toy.plan_members(toy.training, max(SIZES)), f"{best}-long": (twice, best),
+               "union": (twice, best + other)})  # fmt: skip
+    samples = toy.run([best] * max(SIZES), interval=T, temperature=TEMPERATURE)
+    longer, union = toy.run([f"{best}-long"], interval=T), toy.run(["union"] * 2, interval=T, temperature=TEMPERATURE)
+    votes, runs = {m: samples.vote(m) for m in SIZES[1:]}, {m: toy.run(train_toy.NAMES[:m]) for m in SIZES[1:]}
+    rows = {"best member, greedy": toy.run(interval=T).of(best), "best member, trained twice as long": longer,
+            "one member, training and forwards of both": union.vote(2),
+            **{f"best member, vote of {m} samples": vote for m, vote in votes.items()},
+            **{f"TIE of {m} members": run for m, run in runs.items()}}  # fmt: skip
+    return Table("equal cost, TIE against votes over samples of one member, accuracy % / forwards", rows, {
+        "TIE is ahead of as many samples of its best member":
+        [difference(f"M = {m}", runs[m], vote) for m, vote in votes.items()],
+        "TIE of two is ahead of the best member trained twice as long":
+        [difference("TIE - best member", runs[2], longer)],
+        "TIE of two is ahead of one member with the training and the forwards of both":
+        [difference("TIE - one member", runs[2], union.vote(2))]})  # fmt: skip
+
+
+def table_unequal(toy: Toy) -> Table:
+    weak = f"{toy.other}-weak"
+    toy.train({weak: (replace(toy.training, gaps=min(2 * toy.training.gaps, train_toy.GAPS)), toy.other)})
+    runs = {name: toy.run([toy.best, weak], **config) for name, config in METHODS.items()}
+    better = runs["post-generation"].of(toy.best)
+    rows = {"the better member": better, "the weaker one": runs["post-generation"].of(weak)} | runs
+    ahead = [difference(name, runs[name], better) for name in (TCC, *LOGIT)]
+    return Table("a member far weaker than the other, accuracy %", rows, {"TIE is ahead of the better member": ahead})
+
+
+PAPER = {"1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
+         "10": table_10}  # fmt: skip
+BEYOND = {"members": table_members, "cost": table_cost, "unequal": table_unequal}
+
+
+def main_table(runs: dict[str, Run]) -> dict:
+    """Rows and comparisons as `--json` has them; also of members alone, where post-generation is among the runs."""
+    after, methods = runs.get("post-generation"), dict[str, Method](runs)
+    if after:
+        methods = {f"member {name}": after.of(name) for name in after.names} | {"oracle": after.oracle} | runs
+    rows = []
+    for name, method in methods.items():
+        kind, score = ("tie", name[4:]) if name in METHODS and name != "post-generation" else (name, None)
+        rows.append({"method": kind, "score": score, **accuracy(method.correct), "forwards": method.forwards,
+                     "change_rate": method.change_rate})  # fmt: skip
+        if after and score:
+            solved = method.correct[~after.right.any(1)]
+            rows[-1]["none_alone"] = {"value": float(solved.mean()) if len(solved) else None, "n": len(solved)}
+    if not after:
+        return {"rows": rows, "comparisons": []}
+    comparisons = [difference(f"{name} - {rival}", run, own) for name, run in runs.items()
+                   for rival, own in {"best member": after.best, "post-generation": after}.items() if run is not own]
+    tcc = [{"member": name} | {label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}
+           for name in after.names]  # fmt: skip
+    best = f"member {after.names[after.right.sum(0).argmax()]}"
+    return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
+
+
+def show_main(table: dict) -> None:
+    """Accuracies in percent, differences in percentage points."""
+    paper = "paper" if any("paper" in row for row in table["rows"]) else ""
+    said = {c["name"]: figure(c, c["difference"], signed=True) for c in table["comparisons"]}
+    heads = ("method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards")
+    lines = [[*heads, paper]]
+    for row in table["rows"]:
+        name = " ".join(filter(None, (row["method"], row["score"])))
+        lines.append([name, percent(row["accuracy"]), f"[{', '.join(map(percent, row['ci95']))}]",
+                      said.get(f"{name} - best member", ""), said.get(f"{name} - post-generation", ""),
+                      percent(row["change_rate"]), f"{row['forwards']:.1f}", str(row.get("paper") or "")])  # fmt: skip
+    show_grid(lines)
+    for row in table["rows"]:
+        if (none := row.get("none_alone")) and none["n"]:
+            solved = f"{row['score']} solves {percent(none['value'])} %"
+            print(f"{solved} of the {none['n']} problems that no member solves alone")
+    for t in table.get("tcc", []):
+        means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
+        print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
+
+
+# --- figures and the trace ----------------------------------------------------------------------------
 
 
 def draw_figure_1(toy: Toy, path: Path) -> None:
     """The three confidences of each member alone after every step, correct and incorrect answers apart."""
     from matplotlib.figure import Figure  # outside pyplot, drawn by Agg
 
-    figure = Figure(figsize=(4.2 * len(toy.names), 8.4), layout="constrained")
-    panels = figure.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
+    sheet = Figure(figsize=(4.2 * len(toy.names), 8.4), layout="constrained")
+    panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
-        panel, records, sizes = panels[i][m], toy.records[f"member {name} {score}"], []
-        for label, right, colour, style in (("correct", True, "C0", "-"), ("incorrect", False, "C3", "--")):
-            own = np.array([r["scores"] for r in records if won(r) == right], dtype=float)  # (problems, T - 1, 1)
-            sizes.append(f"{len(own)} {label}")
-            if len(own):
-                draw_mean(panel, -own[..., 0] if score == "negative_entropy" else own[..., 0], colour, style, label)
-        panel.set(ylabel=labels[i] if m == 0 else "", xlabel="decoding step" if i == 2 else "",
-                  title=f"member {name} alone: {', '.join(sizes)}" if i == 0 else "")  # fmt: skip
-        if panel.lines:
-            panel.legend()
-    figure.suptitle("Confidence over the masked answer positions; mean and 95 % band")
-    figure.savefig(path, dpi=150)
+        run = toy.run([name, name], score=score, interval=1, cross_model=False)  # scored at each step, as alone
+        panel, sizes = panels[i][m], list[str]()
+        scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
+        curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
+        for label, chosen, line in (("correct", run.correct, "C0-"), ("incorrect", ~run.correct, "C3--")):
+            sizes.append(f"{chosen.sum()} {label}")
+            own, steps = curves[chosen], np.arange(1, curves.shape[1] + 1)
+            mean, half = own.mean(0), 1.96 * own.std(0) / np.sqrt(np.maximum(own.count(0), 1))
+            panel.plot(steps, mean, line, label=label)
+            panel.fill_between(steps, mean - half, mean + half, color=line[:2], alpha=0.2, linewidth=0)
+        panel.set(ylabel="" if m else labels[i], xlabel="decoding step" if i == 2 else "",
+                  title="" if i else f"member {name} alone: {', '.join(sizes)}")  # fmt: skip
+        panel.legend()
+    sheet.suptitle("Confidence over the masked answer positions; mean and 95 % band")
+    sheet.savefig(path, dpi=150)
 
 
-def draw_mean(panel: Any, values: np.ndarray, colour: str, style: str, label: str) -> None:
-    """The mean of curves (problems, steps) with its 95 % band; NaN where a problem has no answer token left."""
-    curves = np.ma.masked_invalid(values)
-    mean, half = curves.mean(0), 1.96 * curves.std(0) / np.sqrt(np.maximum(curves.count(0), 1))
-    steps = np.arange(1, len(mean) + 1)
-    panel.plot(steps, mean, color=colour, linestyle=style, label=label)
-    panel.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-
-
-def draw_figure_3(toy: Toy, path: Path, interval: int) -> None:
+def draw_figure_3(toy: Toy, path: Path) -> None:
     """When the leader changes: of the relays at each place, those whose leader differs from the relay before."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    panel = figure.subplots()
-    for k, (name, style) in enumerate(zip(METHODS[1:], ("o-", "s--", "^-.", "D:"))):
-        leaders = [r["leaders"] for r in toy.records[name]]
+    sheet, n = Figure(figsize=(6, 4), layout="constrained"), toy.plain.config.interval
+    panel = sheet.subplots()
+    for k, (name, style) in enumerate(zip((TCC, *LOGIT), ("o-", "s--", "^-.", "D:"))):
+        leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records]
         places = range(1, max(map(len, leaders)))
         rates = [accuracy(own[i] != own[i - 1] for own in leaders if len(own) > i) for i in places]
         values = np.array([100 * rate["accuracy"] for rate in rates])  # (places,)
         bars = np.abs(100 * np.array([rate["ci95"] for rate in rates]).reshape(-1, 2).T - values)  # (2, places)
-        steps = [interval * (i + 1) / TOY_STEPS + 0.012 * (k - 1.5) for i in places]  # apart, so that bars can be told
+        steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in places]  # apart, so that bars can be told
         panel.errorbar(steps, values, bars, fmt=style, capsize=3, label=name[4:].replace("_", " "))
     panel.set(xlabel="relative decoding step", ylabel="relays that change the leader (%)", xlim=(0, 1))
     panel.set_ylim(bottom=-1)
-    panel.set_title(f"{len(toy.records[TCC])} problems, n = {interval}, T = {TOY_STEPS}; bars: 95 % intervals")
-    figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=150)
+    panel.set_title(f"{len(toy.plain.problems)} problems, n = {n}, T = {T}; bars: 95 % intervals")
+    sheet.legend(loc="outside upper center", ncols=2)
+    sheet.savefig(path, dpi=150)
 
 
-FIGURES = ("figure1.png", "figure3.png")
+FIGURES = {"figure1.png": draw_figure_1, "figure3.png": draw_figure_3}
 
 
 def prepare_figures(folder: Path) -> None:
-    """ValueError, before anything is trained, where no figure can be drawn or saved."""
-    try:
-        import matplotlib  # noqa: F401
-
+    """ValueError or OSError, before anything is trained, where no figure can be drawn or saved."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+    with file_errors("use --figure", folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "figure.part").touch()
         (folder / "figure.part").unlink()
-    except ImportError:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib") from None
-    except OSError as error:
-        raise ValueError(f"cannot use --figure {folder}: {error.strerror}; give a folder that can be written") from None
 
 
-# --- the trace ----------------------------------------------------------------------------------------
-
-
-def show_trace(job: ToyJob) -> None:
+def show_trace(toy: Toy, unsolved: bool) -> None:
     """Decodings round by round: each member's canvas, `_` where masked, its score, who leads, what is relayed."""
-    setup, names, config = toy_setup(job), job.names, job.config
-    for problem in job.problems:
-        print(f"\n{problem.prompt}   right: {problem.reasoning}{train_toy.SUFFIX}{problem.answer}")
-        result = tie.ensemble(setup.members, setup.canvases([problem]), config, lambda state: show_round(state, names))
+    names, setup = toy.names, toy.plain.setup()
+
+    def show_round(state: dict) -> None:
+        print(f"round {state['round'] + 1}, step {state['step']}")
+        for m, name in enumerate(names):
+            ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0]).tolist()  # (L,)
+            score = float(state["scores"][m, 0]) + 0.0  # -0.0 reads as 0
+            said = f" {score:8.3f}" if math.isfinite(score) else ""
+            leads = "  leads, relayed to all" if int(state["leader"][0]) == m else ""
+            print(f"  {name} {train_toy.readable(ids)}{said}{leads}")
+
+    chosen = ~toy.run(interval=T).oracle.correct if unsolved else itertools.repeat(True)
+    for problem in [*itertools.compress(toy.plain.problems, chosen)][: toy.args.trace]:
+        print(f"\n{problem.prompt}   right: {train_toy.readable(problem.sequence)}")
+        canvases = setup.canvases([Question("", problem.prompt, "")])
+        result = tie.ensemble(setup.members, canvases, toy.plain.config, show_round)
         winner = int(result.winner[0])
         canvas = result.candidates[winner]
-        answer = setup.text(winner, canvas.tokens[0, canvas.answer].tolist())
-        verdict = "right" if answer == problem.answer else f"wrong, {problem.answer} is right"
+        answer = train_toy.decode(canvas.tokens[0, canvas.answer].tolist())
+        outcome = "right" if answer == problem.answer else f"wrong, {problem.answer} is right"
         tcc = ", ".join(f"{name} {x:.3f}" for name, x in zip(names, result.tcc[:, 0].tolist()))
-        print(f"answer {answer} of {names[winner]}: {verdict}   (C~ over the whole decoding: {tcc})")
+        print(f"answer {answer} of {names[winner]}: {outcome}   (C~ over the whole decoding: {tcc})")
 
 
-def show_round(state: dict, names: Sequence[str]) -> None:
-    """The first row of what `tie.ensemble` tells its `on_round`."""
-    print(f"round {state['round'] + 1}, step {state['step']}")
-    for m, name in enumerate(names):
-        ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0])[train_toy.PROMPT_LENGTH :]
-        score, leads = float(state["scores"][m, 0]) + 0.0, int(state["leader"][0]) == m  # -0.0 reads as 0
-        line = "".join(train_toy.VOCABULARY[i] for i in ids.tolist())
-        said = f" {score:8.3f}" if math.isfinite(score) else ""
-        print(f"  {name} {line}{said}{'  leads, relayed to all' if leads else ''}")
+# --- real checkpoints on the paper's benchmarks -------------------------------------------------------
 
 
-# --- real checkpoints on the paper's benchmarks -----------------------------------------------------
+def member_folder(given: str) -> Path:
+    """A local folder as it is; else the files that a member is read from, fetched from the Hub by its name there."""
+    if Path(given).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        return Path(given)
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(given, allow_patterns=MEMBER_FILES))
+    except errors.GatedRepoError:
+        mend = f"its owners ask you to accept their terms: at https://huggingface.co/{given}, then `hf auth login`"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        mend = "no such folder here, and no such model on the Hub: check the name"
+    except (errors.HfHubHTTPError, OSError) as error:
+        mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online"
+    raise ValueError(f"--members {given}: {mend}")
 
 
-def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[tie.Member]:
-    """LLaDA and Dream from local folders; all tokenizers are read and checked before the first weight is."""
+def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[Any]:
+    """LLaDA and Dream as `tie.Member`s; all tokenizers are read and checked before the first weight is."""
     codecs: list[mdlm.TextCodec] = []
     for folder in folders.values():
         codec = mdlm.load_codec(folder)
         ids = (codec.vocabulary, codec.mask_id, codec.eos_id)
         alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == ids]
         codecs.append([*alike, codec][0])  # equal vocabularies share a codec, and relay ids as they are
-    return [tie.Member(mdlm.load(folder, device, DTYPES.get(dtype))[0], codec.mask_id, codec.eos_id, name, codec)
+    return [tie.Member(mdlm.load(folder, device, DTYPES[dtype])[0], codec.mask_id, codec.eos_id, name, codec)
             for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
 
 
-def real_setup(members: list[tie.Member], task: str, run_code: bool) -> Setup:
+def real_setup(members: list[Any], task: str, run_code: str | None) -> Setup:
     """Each member gets the question in its own chat template and vocabulary, and the task's lengths."""
     benchmark = BENCHMARKS[task]
 
     def canvas(member: Any, questions: list[Question]) -> tie.Canvas:
-        codec, model = member.codec, member.denoise
+        codec, device = member.codec, member.denoise.embed.weight.device
         prompts, suffix = [codec.encode_prompt(q.prompt) for q in questions], codec.encode(benchmark.suffix)
-        reasoning_length = benchmark.length - len(suffix) - benchmark.answer_length
-        ids = {"mask_id": codec.mask_id, "pad_id": codec.pad_id, "device": model.embed.weight.device}
-        return tie.Canvas.blank(prompts, suffix, reasoning_length, benchmark.answer_length, **ids)
+        lengths = benchmark.length - len(suffix) - benchmark.answer_length, benchmark.answer_length
+        return tie.Canvas.blank(prompts, suffix, *lengths, mask_id=codec.mask_id, pad_id=codec.pad_id, device=device)
 
     def text(m: int, ids: list[int]) -> str:
-        codec: Any = members[m].codec
-        return codec.decode([*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]).decode(errors="replace")
+        said = [*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]
+        return members[m].codec.decode(said).decode(errors="replace")
 
-    return Setup(
-        members,
-        canvases=lambda questions: [canvas(member, questions) for member in members],
-        text=text,
-        grade=lambda question, answer: grade(task, question, answer, run_code),
-    )
+    return Setup(members, lambda questions: [canvas(member, questions) for member in members], text,
+                 lambda question, answer: grade(task, question, answer, run_code))  # fmt: skip
 
 
 def check_lengths(members: list[Any], task: str, questions: list[Question]) -> None:
@@ -960,225 +897,80 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
     """Decode the questions that have no record yet, in batches that are the same after an interruption."""
-    done = [q for q in questions if q.id in file.done]
-    with tqdm(total=len(questions), initial=len(done), unit="question", disable=None) as bar:
+    done = sum(q.id in file.done for q in questions)
+    with tqdm(total=len(questions), initial=done, unit="question", disable=None) as bar:
         for i in range(0, len(questions), batch_size):
             batch = questions[i : i + batch_size]
             if new := [q for q in batch if q.id not in file.done]:
                 file.add(decode_questions(setup, config, batch))
                 bar.update(len(new))
-            right = [won(file.done[q.id]) for q in questions if q.id in file.done]
-            bar.set_postfix(accuracy=percent(sum(right) / len(right)))
+            records = [file.done[q.id] for q in questions if q.id in file.done]
+            bar.set_postfix(accuracy=percent(float(np.mean([r["correct"][r["winner"]] for r in records]))))
 
 
-def run_real(args: argparse.Namespace) -> None:
-    """One benchmark with the members given: one method, or with --single each member alone. Processes that torchrun
-    starts share the questions, a file each; the last one to finish finds all records, and writes the summary."""
-    rank, world, local = (int(os.environ.get(name, default))
-                          for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    if args.task is None or args.data is None:
-        raise ValueError("--members needs --task and --data: the benchmark, and its owner's file")
-    if world > 1 and args.out is None:
-        raise ValueError("several processes need --out: a folder where their records meet")
-    benchmark, questions = BENCHMARKS[args.task], read_questions(args.task, args.data)[: args.limit]
-    grade(args.task, questions[0], "", args.run_code)  # is code to run, and may it, and can it?
-    config = config_of(args, benchmark.interval(args.score), 16, benchmark.answer_window)
-    if len(args.members) < 2 and not args.single:
-        raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
-    effective = {"task": args.task, "members": {name: str(path) for name, path in args.members.items()},
-                 "data": str(args.data), "questions": len(questions), "single": args.single,
-                 "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}  # fmt: skip
-    open_results(args.out, effective)
-    members = real_members(args.members, devices(args, local), args.dtype)
-    check_lengths(members, args.task, questions)
-    label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    runs = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
-    records = {}
-    for name, group in runs.items():
-        file = Records(args.out, name, rank)
-        decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
-        everything = file.of_all_ranks()
-        if len(everything) < len(questions):
-            return  # another process is still at work
-        records[name] = [everything[q.id] for q in questions]
-    finish(args, effective, real_table(records, list(args.members), benchmark))
+def processes() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
+    given = [os.environ.get(*pair) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    if not all(re.fullmatch(r"\d{1,6}", text) for text in given) or int(given[0]) >= int(given[1]):
+        raise ValueError("RANK={}, WORLD_SIZE={}, LOCAL_RANK={} in the environment: unset them, or use torchrun, whose "
+                         "RANK is below its WORLD_SIZE".format(*given))  # fmt: skip
+    rank, world, local = map(int, given)
+    return rank, world, local
 
 
-def devices(args: argparse.Namespace, local: int) -> list[str]:
-    """A device a member: as given, for all or for each, or GPU `local` of the host, or the CPU."""
-    default = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    given = args.device or [default]
-    if len(given) not in (1, len(args.members)):
-        raise ValueError(f"--device has {len(given)} values for {len(args.members)} members: give one, or one each")
+def devices(given: list[str], count: int) -> list[str]:
+    """A device a member: as given, for all or for each."""
+    if len(given) not in (1, count):
+        raise ValueError(f"--device has {len(given)} values for {count} members: give one, or one each")
     for device in given:
         try:
             torch.zeros(1, device=device).item()  # "meta" holds no value
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    return given * len(args.members) if len(given) == 1 else given
+    return given * count if len(given) == 1 else given
 
 
-def real_table(records: dict[str, list[Record]], names: list[str], benchmark: Benchmark) -> dict:
-    """Rows as in the main table, the paper's figure for the same setting beside ours where it has one."""
-    if "post-generation" in records:
-        table = main_table(records, names)
-    else:
-        table = {"rows": [row(name, [won(r) for r in own], own) for name, own in records.items()], "comparisons": []}
-    for entry in table["rows"]:
-        label = " ".join(filter(None, (entry["method"], entry["score"])))
-        entry["paper"] = paper_figure(label, names, benchmark)
-    return table
+def run_real(args: argparse.Namespace) -> None:
+    """One benchmark with the members given: one method, or with --single each member alone. Processes that torchrun
+    starts share the questions, a file each; the last one to finish finds all records, and writes the summary."""
+    rank, world, local = processes()
+    if args.task is None or args.data is None:
+        raise ValueError("--members needs --task and --data: the benchmark, and its owner's file")
+    if world > 1 and args.out is None:
+        raise ValueError("several processes need --out: a folder where their records meet")
+    if len(args.members) < 2 and not args.single:
+        raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
+    benchmark, questions = BENCHMARKS[args.task], read_questions(args.task, args.data)[: args.limit]
+    grade(args.task, questions[0], "", args.run_code)  # is there a grader, is code to run, and may it, and can it?
+    config = config_of(args, benchmark.interval(args.score), benchmark.answer_window)
+    gpu = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    places = devices(args.device or [gpu], len(args.members))
+    effective = {"task": args.task, "members": args.members, "data": str(args.data), "questions": len(questions),
+                 "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}
+    folders = {name: member_folder(given) for name, given in args.members.items()}
+    prints = {f"weights of {name}": fingerprint(folder) for name, folder in folders.items()}
+    open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
+    members = real_members(folders, places, args.dtype)
+    check_lengths(members, args.task, questions)
+    label, runs = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}", {}
+    for name, group in ({f"member {m.name}": [m] for m in members} if args.single else {label: members}).items():
+        file = Records(args.out, name, len(group), rank)
+        decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
+        everything = file.of_all_ranks() if args.out else file.done
+        if len(everything) < len(questions):
+            return  # another process is still at work
+        runs[name] = Run([everything[q.id] for q in questions], [m.name for m in group])
+    table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
+    for row in table["rows"]:  # the paper's figure for the same setting, in Table 4 or 3
+        name = f"{row['method']} {row['score']}".lower()
+        figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
+        row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
+    finish(args, effective, table)
 
 
-def paper_figure(label: str, names: list[str], benchmark: Benchmark) -> float | None:
-    """The paper's accuracy in % for a row, if it has one: Table 4 where a member is called a coder, else Table 3."""
-    coders = any("coder" in name.lower() for name in names)
-    figures = zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)
-    return next((figure for column, figure in figures if column.lower() in label.lower()), None)
-
-
-# --- answers: what the decoded answer region says, and whether it is right -------------------------------
-
-
-def _power(base, exponent):
-    """Bounded in size, so that 9^9^9^9 overflows instead of hanging."""
-    exact = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
-    if exact and abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= 4096:
-        return base ** int(exponent)
-    return complex(base) ** complex(exponent)
-
-
-_OPERATORS: dict[str, tuple[int, Callable]] = {
-    "\\cup": (0, lambda a, b: ("union", [a, b])), "=": (0, lambda a, b: ("equation", [(a - b) ** 2])), "^": (4, _power),
-    "+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv)}
-_FUNCTIONS: dict[str, Callable] = {name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp", "sqrt")} | {
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "ln": cmath.log, "log": cmath.log10,
-    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z)}
-_CONSTANTS = {"\\pi": math.pi, "\\infty": math.inf, "i": 1j, "e": math.e}
-_POINTS = [{letter: dice.uniform(-3, 3) for letter in string.ascii_letters} | _CONSTANTS
-           for dice in map(random.Random, range(3))]  # values of the letters where two answers are compared
-_CLOSING = {"(": ")]", "[": ")]", "{": "}", "\\{": "\\}"}
-
-
-def _prefix(tokens: list[str], values: dict):
-    """One operand: number, letter, sign, function, fraction, or a bracket, which may hold several values."""
-    token = tokens.pop()
-    if token in ("+", "-"):
-        return _climb(tokens, values, 3) * (1 if token == "+" else -1)
-    if token in _CLOSING:
-        items = _items(tokens, values)
-        if (closing := tokens.pop()) not in _CLOSING[token]:
-            raise ValueError("brackets do not match")
-        return items[0] if len(items) == 1 else (token + closing, items)
-    if token == "\\frac":
-        return _prefix(tokens, values) / _prefix(tokens, values)
-    if token[1:] in _FUNCTIONS:
-        return _FUNCTIONS[token[1:]](_climb(tokens, values, 3))
-    return Fraction(token) if token[0] in "0123456789." else values[token]
-
-
-def _climb(tokens: list[str], values: dict, least: int = 0):
-    """Precedence climbing over reversed tokens; juxtaposition multiplies, though never two numbers."""
-    value = _prefix(tokens, values)
-    while tokens:
-        level, apply = _OPERATORS.get(tokens[-1], (2, operator.mul))
-        if level < least or tokens[-1] not in _OPERATORS and not re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]):
-            break
-        if tokens[-1] in _OPERATORS:
-            tokens.pop()
-        value = apply(value, _climb(tokens, values, level + (apply is not _power)))
-    return value
-
-
-def _items(tokens: list[str], values: dict) -> list:
-    items = [_climb(tokens, values)]
-    while tokens and tokens[-1] == ",":
-        tokens.pop()
-        items.append(_climb(tokens, values))
-    return items
-
-
-def evaluate(text: str, values: dict[str, complex]) -> list:
-    """Values of comma-separated arithmetic in plain form or LaTeX, `values` giving the letters theirs.
-
-    A value is a Fraction while only + - * / and small powers occur, else complex; a tuple, interval, matrix, union or
-    equation is a pair (kind, values). Raises ValueError, and nothing else, for what cannot be read or has no value.
-    """
-    try:
-        tokens = re.findall(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+|\\[A-Za-z]+|\\\S|\S", text[:300].replace("**", "^"))[::-1]
-        items = _items(tokens, values)
-        if tokens or len(text) > 300:
-            raise ValueError("more follows")
-        return items
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"no value: {text[:80]!r} ({error})") from error
-
+# --- answers: what the decoded answer region says, and whether it is right ----------------------------
 
 _BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # with braces inside, three deep
-_NAMES = "|".join([*_FUNCTIONS, "infty", "pi", "cup"])
-_UNIT = r"(?:\s+[A-Za-z]{3,}|\s*(?:cm|mm|km|ft|in|kg))\b\.?(?:\s*\^\s*\{?\d\}?)?"
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r",\s*\\!\s*", ""), (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 "),     # 10,\!080; \text{east}
-    (r"(?<!\\)\\(?:left|right|displaystyle|quad|degree|[Bb]ig)(?![a-z])|(?<!\\)\\[,;:!% ]", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\?\$|[~%°]", " "), (r"\\[dtc]frac", r"\\frac"), (r"[−–]", "-"), (r"π", r"\\pi "),
-    (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"), (r"√", r"\\sqrt "), (r"±|\+/-", r"\\pm "),
-    (r"∞|(?<![\\A-Za-z])infinity", r"\\infty "), (r"∪|(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"\b(?:and|or)\b", ","),
-    (rf"(?<![\\A-Za-z])({_NAMES})(?=[\d\W]|$)", r"\\\1"), (rf"(?:(?<=[\d)}}])|(?<=\\pi))(?:{_UNIT})+", ""),  # 5 cm^2
-    (r"(?:^|(?<=,))\s*[A-Za-z]\s*(?:=|∈|\\?in\b)", ""), (r"_\{(\w+)\}", r"_\1"),                # x = 5; 52_{8}
-    (r"\\frac\s*(\d)", r"\\frac{\1}"), (rf"(\\frac\s*{_BRACES})\s*(\d)", r"\1{\3}"),            # \frac43
-    (r"(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"(\1+\2/\3)"),                                 # 1\frac{4}{5}
-    (r"(?<![\d.])(\d+)\s+(\d+)/(\d+)", r"(\1+\2/\3)"), (r"\.?\s*$", ""),                        # 1 4/5
-    (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"&", ","), (r"\\\\", "],[")]]
-
-
-def _clean(text: str) -> str:
-    """One spelling for what LaTeX and plain text spell in many ways; units, currency and a leading `x =` go."""
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    text = " ".join(text.split()).removeprefix("\\{").removesuffix("\\}").strip()  # a set is a list
-    return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
-
-
-def _same(a, b) -> bool:
-    """Exact for rational numbers, else to 9 digits; in unions the order does not count."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        pairs_up = _same_set if a[0] == "union" else lambda ours, theirs: all(map(_same, ours, theirs))
-        return a[0] == b[0] and len(a[1]) == len(b[1]) and pairs_up(a[1], b[1])
-    if isinstance(a, tuple) or isinstance(b, tuple):
-        return False
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return a == b if exact else cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
-
-
-def _same_set(ours: list, theirs: list) -> bool:
-    return all(any(_same(a, b) for b in theirs) for a in ours) and all(any(_same(a, b) for a in ours) for b in theirs)
-
-
-def math_equal(answer: str, gold: str) -> bool:
-    """Whether two plain or LaTeX answers mean the same value, tuple, interval, matrix, or list in any order."""
-    if not 0 < len(answer) <= 1000:
-        return False
-    answer, gold = _clean(answer), _clean(gold)
-    if answer.replace(" ", "") == gold.replace(" ", ""):
-        return True
-    if re.fullmatch(r"\(?([A-Za-z]|[A-Za-z]{3,})\)?", gold):  # a word, a name, the letter of a choice
-        return answer.strip("()").casefold() == gold.strip("()").casefold()
-    try:
-        return all(_same_set(*([value for sign in "+-" for value in evaluate(text.replace("\\pm", sign), point)]
-                               for text in (answer, gold))) for point in _POINTS)
-    except (ValueError, OverflowError):
-        return False
-
-
-def countdown_correct(answer: str, gold: dict) -> bool:
-    """One side of the answer is an expression in + - * / with each number exactly once, and exactly the target."""
-    for side in map(_clean, answer.split("=")):
-        plain = not re.sub(r"\\frac|[0-9]|[-+*/(){} ]", "", side)
-        plain = plain and not re.search(r"\*\*|[0-9)] *[({]|\) *[0-9]|[0-9] +[0-9]", side)  # no power, nothing joined
-        with suppress(ValueError):
-            if plain and sorted(map(int, re.findall("[0-9]+", side))) == sorted(gold["numbers"]):
-                return evaluate(side, {}) == [gold["target"]]
-    return False
 
 
 def _bare(text: str) -> str:
@@ -1215,59 +1007,146 @@ def extract_code(text: str) -> str:
     return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
 
 
-# --- sandbox: code runs only on request, in a process of its own -----------------------------------------
+# math-verify in a process of its own: an answer that makes it hang or swell ends that process, by the alarm's signal,
+# which has its default action there, or by the limit on memory. It ends with its parent, whose end closes its input.
+_GRADER = """
+import json, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+from math_verify import parse, verify
+print("ready", flush=True)
+for line in sys.stdin:
+    signal.alarm(5)
+    gold, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
+    print(verify(gold, answer, timeout_seconds=None), flush=True)
+    signal.alarm(0)
+"""
 
 
-_NOBODY = 65534
-# Reads the job from stdin, limits itself, gives up root, runs the sources in one namespace and writes the token last.
-# The token is only on the interpreter's stack: no name and no frame leads to it.
+@functools.cache
+def _grader() -> Any:
+    process: Any = subprocess.Popen([sys.executable, "-c", _GRADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, text=True, start_new_session=True)  # deaf to Ctrl-C
+    if process.stdout.readline() != "ready\n":
+        raise ValueError("mathematics is graded by math-verify: pip install math-verify")
+    return process
+
+
+def math_equal(answer: str, gold: str) -> bool:
+    """Whether two plain or LaTeX answers mean the same to math-verify: value, tuple, interval, matrix, or set; within
+    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits; bases are not read: 42_5 equals 42_6."""
+    if not 0 < len(answer) <= 1000:
+        return False
+    dressed = [text if re.search(r"(?<!\\)\$.+(?<!\\)\$", text) else f"${text}$" for text in (gold, answer)]
+    grader, said = _grader(), ""
+    with suppress(BrokenPipeError):
+        print(json.dumps(dressed), file=grader.stdin, flush=True)
+        said = grader.stdout.readline()
+    if not said:  # it has ended over this answer; the next has a new one
+        grader.wait()
+        _grader.cache_clear()
+    return said == "True\n"
+
+
+_OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                                    ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+_PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3,  # fractions within fractions
+          (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"),
+          (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
+          (r"[\[{]", "("), (r"[\]}]", ")")]  # fmt: skip
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Exact; LookupError for anything but + - * / and whole numbers."""
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATORS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return Fraction(node.value)
+    raise LookupError(node)
+
+
+def countdown_correct(answer: str, gold: dict) -> bool:
+    """One side of the answer is an expression in + - * / with each number exactly once, and exactly the target."""
+    for side in answer[:1000].split("="):
+        for pattern, new in _PLAIN:
+            side = re.sub(pattern, new, side)
+        with suppress(SyntaxError, ArithmeticError, LookupError, RecursionError, MemoryError, ValueError):
+            used = sorted(map(int, re.findall("[0-9]+", side)))
+            if re.fullmatch(r"[-+*/() 0-9]*", side) and used == sorted(gold["numbers"]):
+                return _value(ast.parse(side.strip(), mode="eval").body) == gold["target"]
+    return False
+
+
+# --- running code: only on request, and confined ------------------------------------------------------
+
+_PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)  # in its environment, without ..
+# Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose files are in the
+# working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
+# As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
 _RUNNER = r"""
-import functools, json, os, sys
+import functools, json, os, sys, types
 def steps():
     import resource
-    sources, token, pipe, seconds, memory, nobody = json.loads(sys.stdin.buffer.read())
+    sources, token, pipe, limits, nobody = json.loads(sys.stdin.buffer.read())
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    if os.getuid() == 0:  # no limit on processes binds root; and nobody may not walk to the library: hold it open
-        packages = (getattr(module, "__path__", None) for module in sys.modules.values())
-        for places in [sys.path, *(path for path in packages if isinstance(path, list))] * (sys.platform == "linux"):
-            places[:] = [f"/proc/self/fd/{os.open(place, os.O_RDONLY)}" for place in places if os.path.isdir(place)]
-        os.chown(".", nobody, nobody)
+    if nobody:  # no limit on processes binds root
         os.setgroups([])
         os.setgid(nobody)
         os.setuid(nobody)
-    for name, most in dict(CPU=seconds, AS=memory, FSIZE=1 << 20, NPROC=0, NOFILE=64, CORE=0).items():
-        try:
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-        except (AttributeError, ValueError, OSError):
-            pass  # a limit that this system does not have
-    space, writing = {"__name__": "program"}, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    actions = [functools.partial(exec, compile(source, "<program>", "exec"), space) for source in sources]
-    families = ("os", "socket", "subprocess", "shutil")
-    harmless = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
-    def guard(event, args):  # the program of a user has all the user's rights: no writing, killing, network
-        if event == "open" and args[2] & writing or event.split(".")[0] in families and event not in harmless:
-            raise PermissionError(event)
-    sys.addaudithook(guard)
+    for name, most in limits.items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    module = sys.modules["program"] = types.ModuleType("program")
+    actions = []
+    for number, source in enumerate(sources):
+        module.__file__ = f"program{number}.py"
+        with open(module.__file__, "w") as file:
+            file.write(source)
+        actions.append(functools.partial(exec, compile(source, module.__file__, "exec"), module.__dict__))
     return [*actions, functools.partial(os.write, pipe, token.encode())]
 for action in steps():
     action()
 """
 
 
-def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30) -> bool:
-    """Whether the Python `sources`, run one after the other in one namespace, all run through to their ends.
+def _bubblewrap() -> list[str]:
+    """Own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
+    if not (bwrap := shutil.which("bwrap")):
+        raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; or, in a container that confines "
+                         "it already, --run-code unconfined")  # fmt: skip
+    mounts: list[str] = []
+    python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)
+    for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *python):
+        for parent in reversed(Path(place).parents):
+            mounts += ["--perms", "0755", "--dir", str(parent)]
+        mounts += ["--ro-bind-try", place, place]
+    mounts += ["--proc", "/proc", "--dev", "/dev"]
+    for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20)):
+        mounts += ["--perms", "1777", "--size", str(size), "--tmpfs", place]
+    root = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user"]
+    return [bwrap, *root, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+            "--die-with-parent", *mounts, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
 
-    Isolated interpreter, fresh environment, temporary folder, no input, output discarded; limits on wall-clock and CPU
-    time (seconds), memory (bytes), files and processes; Linux and macOS. Success is a random token written after the
-    last source, so leaving early is failure. It contains accidents and casual mischief, not a determined attacker.
+
+def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True) -> bool:
+    """Whether the Python `sources`, run one after the other as one module, all run through to their ends.
+
+    In bubblewrap, or, unconfined, in a temporary folder with the rights of the user. Isolated interpreter, no
+    environment, no input, output discarded; limits on wall-clock and CPU time (seconds), memory (bytes), size of files
+    and, but for root unconfined, processes. Success is a random token written after the last source, so leaving early
+    is failure; a program made to cheat, in the same interpreter, could find it. ValueError without bubblewrap.
     """
-    token, (reading, writing) = secrets.token_hex(16), os.pipe()
+    command, token, (reading, writing) = _bubblewrap() if confined else [], os.urandom(16).hex(), os.pipe()
     os.set_blocking(reading, False)
-    job = json.dumps([sources, token, writing, math.ceil(timeout), memory, _NOBODY]).encode()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, open(reading, "rb", buffering=0) as result:
-        with subprocess.Popen([sys.executable, "-I", "-B", "-c", _RUNNER], cwd=folder, stdin=subprocess.PIPE,
-                              env={"OPENBLAS_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                              pass_fds=(writing,), start_new_session=True) as process:
+    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}
+    job = json.dumps([sources, token, writing, limits, 65534 if confined and os.getuid() == 0 else None]).encode()
+    with suppress(RecursionError), open(reading, "rb", buffering=0) as result, \
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # of a thousand nested folders
+        with subprocess.Popen(
+            [*command, _PYTHON, "-I", "-B", "-c", _RUNNER], cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=(writing,),
+            start_new_session=True,
+        ) as process:  # fmt: skip
             os.close(writing)
             try:
                 process.communicate(job, timeout)
@@ -1277,45 +1156,50 @@ def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30) -> boo
                 with suppress(ProcessLookupError, PermissionError):  # whoever is left of the session
                     os.killpg(process.pid, signal.SIGKILL)
         return result.read(64) == token.encode()
+    return False
 
 
-@functools.lru_cache(maxsize=1)
-def check_sandbox() -> None:
-    if not run_code("import decimal", timeout=30):
-        raise ValueError("--run-code starts no isolated Python here: use Linux or macOS, root able to become nobody")
+@functools.cache
+def check_sandbox(confined: bool) -> None:
+    """ValueError with bubblewrap's own words where it cannot work."""
+    command = [*(_bubblewrap() if confined else []), _PYTHON, "-c", ""]
+    tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
+    if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
+        raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, "
+                         "update bubblewrap, or, in a container that confines it, --run-code unconfined")  # fmt: skip
 
 
-def humaneval_correct(answer: str, gold: dict) -> bool:
+def humaneval_correct(answer: str, gold: dict, confined: bool) -> bool:
     """The prompt's imports and helpers, the answer, the tests; an answer without the function continues the prompt."""
-    name, head = gold["entry_point"], gold["prompt"][:gold["prompt"].index("def " + gold["entry_point"])]
+    name, head = gold["entry_point"], gold["prompt"][: gold["prompt"].index("def " + gold["entry_point"])]
     if not re.search(rf"^(?:async +)?def +{name}\b|^{name} *=", answer, re.MULTILINE):
         answer = gold["prompt"] + (answer if answer[:1].isspace() else textwrap.indent(answer, "    "))
-    return run_code(head, answer, gold["test"], f"check({name})")
+    return run_code(head, answer, gold["test"], f"check({name})", confined=confined)
 
 
-def mbpp_correct(answer: str, gold: dict) -> bool:
-    return run_code(answer, *gold["test_imports"], *gold["test_list"])
+def mbpp_correct(answer: str, gold: dict, confined: bool) -> bool:
+    return run_code(answer, *gold["test_imports"], *gold["test_list"], confined=confined)
 
 
-# --- the table -------------------------------------------------------------------------------------------
+# --- the benchmarks -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark: its file, its settings (Sec. 5.1, App. A.4; lengths in tokens) and the paper's figures in %."""
-    name: str                             # as in Table 3
-    file: str                             # what the data must be, for error messages
+    """One benchmark: its settings (Sec. 5.1, App. A.4; lengths in tokens) and the paper's figures in %."""
+
+    file: str  # what the data must be, for error messages
     template: str
-    extract: Callable[[str], str]         # decoded answer region up to EOS -> answer
-    correct: Callable[[Any, Any], bool]   # (answer, gold)
-    length: int                           # generation length: reasoning + suffix + answer
-    answer_length: int                    # our decision, the paper is silent
-    tcc_interval: int                     # n with token change count; the other scores have 16
-    table_3: tuple[float, ...] = ()       # columns as in TABLE_3 and TABLE_4; empty where the paper has no such run
-    table_4: tuple[float, ...] = ()
+    extract: Callable[[str], str]  # decoded answer region up to EOS -> answer
+    correct: Callable[..., bool]  # (answer, gold), and for code whether it is confined
+    length: int  # generation length: reasoning + suffix + answer
+    answer_length: int  # our decision, the paper is silent
+    tcc_interval: int  # n with token change count; the other scores have 16
+    table_3: tuple[float, ...]  # columns as in TABLE_3 and TABLE_4
+    table_4: tuple[float, ...] = ()  # empty where the paper has no such run
     suffix: str = "\nAnswer:"
     answer_window: int | None = None
-    subset: Sequence[str] = ()            # subjects to keep; empty keeps all
+    subset: str = ""  # subjects to keep; empty keeps all
 
     def interval(self, score: str) -> int:
         return self.tcc_interval if score == "token_change_count" else 16
@@ -1323,21 +1207,27 @@ class Benchmark:
 
 # Our own words after simple-evals and, for Countdown, Wang et al. 2026; the two for code as App. A.3 prints them.
 _LAST = ("Think step by step first, then give your final answer on a last line of the form 'Answer: {form}, "
-         "and nothing after it.")
+         "and nothing after it.")  # fmt: skip
 _CHOICE = f"Answer the multiple choice question below. {_LAST}\n\n{{question}}\n\n{{choices}}"
 _MATHS = f"Solve the mathematics problem below. {_LAST}\n\n{{question}}"
 _COUNTDOWN = ("Make an arithmetic expression with the value {target} from the numbers {numbers}. Use every number "
-              f"exactly once; the operations are + - * / and brackets are allowed. {_LAST}")
+              f"exactly once; the operations are + - * / and brackets are allowed. {_LAST}")  # fmt: skip
 _HUMANEVAL = ("Read the following function signature and docstring, and fully implement the function described. "
-              "Return only the Python function, no explanation.\n\n{prompt}")
+              "Return only the Python function, no explanation.\n\n{prompt}")  # fmt: skip
 _MBPP = "{prompt} Your code should satisfy these tests:\n{tests}\nReturn only the Python function, no explanation."
 
 
 def _choice(question: str, choices: list[str], right: int) -> tuple[dict, str]:
-    letters = "ABCDE"[:len(choices)]
+    letters = "ABCDE"[: len(choices)]
     listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
     form = f"LETTER', where LETTER is one of {', '.join(letters)}"
     return {"question": question.strip(), "choices": listed, "form": form}, letters[right]
+
+
+def _is(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
+    return value
 
 
 def _parse(task: str, row: Any) -> tuple[dict, Any]:
@@ -1355,30 +1245,21 @@ def _parse(task: str, row: Any) -> tuple[dict, Any]:
         gold = str(Fraction(row["answer"].split("####")[1].strip().replace(",", "")))
         return {"question": row["question"], "form": "NUMBER', where NUMBER is the number alone"}, gold
     if task == "math500":
-        gold = _is(str, row["answer"])
-        return {"question": row["problem"], "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, gold
+        form = "ANSWER', where ANSWER is the value alone, in LaTeX"
+        return {"question": row["problem"], "form": form}, _is(str, row["answer"])
     if task == "humaneval":
         row["prompt"].index("def " + row["entry_point"])  # ValueError if it is not there
         return {"prompt": row["prompt"]}, {key: _is(str, row[key]) for key in ("prompt", "entry_point", "test")}
-    if task == "countdown":
-        return _parse_countdown(row)
-    tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
-    return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
-
-
-def _is(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
-    return value
-
-
-def _parse_countdown(row: dict) -> tuple[dict, dict]:
-    """The paper's set {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's input, target as output."""
+    if task == "mbpp":
+        tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
+        return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
+    # The paper's Countdown {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's, target as output.
     numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
     target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
-    gold: dict[str, Any] = {"numbers": [int(number) for number in numbers], "target": int(target)}
+    values, target = [int(number) for number in numbers], int(target)
     form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
-    return {"numbers": ", ".join(map(str, gold["numbers"])), "target": gold["target"], "form": form}, gold
+    shown = {"numbers": ", ".join(map(str, values)), "target": target, "form": form}
+    return shown, {"numbers": values, "target": target}
 
 
 MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
@@ -1388,49 +1269,48 @@ MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 6
     "high_school_macroeconomics high_school_microeconomics high_school_psychology high_school_us_history "
     "high_school_world_history human_aging human_sexuality international_law jurisprudence logical_fallacies "
     "management marketing medical_genetics miscellaneous nutrition philosophy prehistory public_relations "
-    "security_studies sociology us_foreign_policy world_religions")
-
+    "security_studies sociology us_foreign_policy world_religions"
+)
+TABLE_3 = ("LLaDA", "Dream", "post-generation", *(f"tie {score}" for score in tie.SCORES))
+TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
 _general = functools.partial(Benchmark, template=_CHOICE, extract=extract_letter, correct=operator.eq, length=128,
-                             answer_length=16, tcc_interval=32)
+                             answer_length=16, tcc_interval=32)  # fmt: skip
 _maths = functools.partial(Benchmark, template=_MATHS, correct=math_equal, tcc_interval=16)
 _code = functools.partial(Benchmark, extract=extract_code, length=512, answer_length=480, tcc_interval=32,
-                          suffix="```python\n", answer_window=8)
+                          suffix="```python\n", answer_window=8)  # fmt: skip
 _MMLU = "MMLU's test csv (question, four choices, letter), or a folder of them"
-
-TABLE_3 = ("LLaDA", "Dream", "post-generation", "tie token_change_count", "tie top1_probability",
-           "tie negative_entropy", "tie probability_margin")
-TABLE_4 = ("DreamCoder", "DiffuCoder", "tie token_change_count", "tie top1_probability")
 BENCHMARKS: dict[str, Benchmark] = {
-    "mmlu": _general("MMLU", _MMLU, table_3=(61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)),
-    "mmlu-star": _general("MMLU*", _MMLU, subset=MMLU_STAR.split(),
-                          table_3=(71.45, 77.37, 77.92, 78.12, 77.69, 78.12, 77.61)),
-    "arc-challenge": _general("ARC-C", "ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)",
+    "mmlu": _general(_MMLU, table_3=(61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)),
+    "mmlu-star": _general(_MMLU, table_3=(71.45, 77.37, 77.92, 78.12, 77.69, 78.12, 77.61), subset=MMLU_STAR),
+    "arc-challenge": _general("ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)",
                               table_3=(85.15, 86.69, 88.57, 89.16, 88.82, 88.57, 88.74)),
-    "winogrande": _general("WinoGrande", "WinoGrande's dev.jsonl (sentence, option1, option2, answer)",
+    "winogrande": _general("WinoGrande's dev.jsonl (sentence, option1, option2, answer)",
                            table_3=(71.59, 72.22, 73.72, 72.85, 73.95, 71.90, 73.88)),
-    "gsm8k": _maths("GSM8K", "GSM8K's test.jsonl (question, answer with ####)", extract=extract_number, length=256,
+    "gsm8k": _maths("GSM8K's test.jsonl (question, answer with ####)", extract=extract_number, length=256,
                     answer_length=16, table_3=(78.77, 78.39, 80.29, 83.47, 82.71, 83.62, 82.56)),
-    "math500": _maths("MATH500", "MATH500's test.jsonl (problem, answer)", extract=extract_math, length=512,
+    "math500": _maths("MATH500's test.jsonl (problem, answer)", extract=extract_math, length=512,
                       answer_length=64, table_3=(37.4, 48.0, 43.0, 48.6, 47.0, 45.2, 48.4)),
-    "humaneval": _code("HumanEval", "HumanEval.jsonl, gzipped or not", template=_HUMANEVAL, correct=humaneval_correct,
+    "humaneval": _code("HumanEval.jsonl, gzipped or not", template=_HUMANEVAL, correct=humaneval_correct,
                        table_3=(45.73, 61.59, 55.49, 54.27, 57.32, 57.93, 57.32), table_4=(72.56, 70.12, 72.56, 72.56)),
     # The paper's figures are multiples of 1/427: it runs all of sanitized MBPP, not the test split alone.
-    "mbpp": _code("MBPP", "sanitized-mbpp.json", template=_MBPP, correct=mbpp_correct,
+    "mbpp": _code("sanitized-mbpp.json", template=_MBPP, correct=mbpp_correct,
                   table_3=(53.16, 63.23, 62.53, 64.17, 62.06, 62.76, 62.06), table_4=(75.88, 72.60, 76.11, 76.58)),
-    "countdown": Benchmark("Countdown", "a Countdown jsonl (input and output, or nums and target)", template=_COUNTDOWN,
-                           extract=extract_math, correct=countdown_correct, length=256, answer_length=32,
-                           tcc_interval=32, table_3=(13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6))}
-
-
-# --- reading and grading ---------------------------------------------------------------------------------
+    "countdown": Benchmark("a Countdown jsonl (input and output, or nums and target)", _COUNTDOWN, extract_math,
+                           countdown_correct, 256, 32, 32, table_3=(13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6)),
+}  # fmt: skip
+LARGEST = 64 << 20  # bytes of a file of questions, unpacked; the owners' have less than one
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a csv, JSON or JSON lines file, gzipped or not."""
     place = str(path)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        with path.open("rb") as file:
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            data = (gzip.GzipFile(fileobj=file) if packed else file).read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise ValueError(f"over {LARGEST} bytes")
+        text = data.decode("utf-8-sig")
         if path.suffix == ".csv":
             reader = csv.reader(io.StringIO(text, newline=""), strict=True)
             for row in reader:
@@ -1464,7 +1344,7 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
                 prompt.encode()  # ValueError for half a character, which JSON can hold
             except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{place}: not a row for {task} ({error!r:.200}); give {benchmark.file}") from error
-            if benchmark.subset and subject not in benchmark.subset:
+            if subject not in (benchmark.subset.split() or [subject]):
                 continue
             if str(key) in questions:
                 raise ValueError(f"{place}: {key!r:.80} was there before; give every question once")
@@ -1474,141 +1354,102 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
     return list(questions.values())
 
 
-def grade(task: str, question: Question, text: str, run_code: bool = False) -> tuple[str, bool]:
-    """(answer, whether it is right) from the decoded answer region up to EOS; code is run, and only where asked for."""
-    benchmark = BENCHMARKS[task]
-    if benchmark.extract is extract_code and not run_code:
-        raise ValueError(f"grading {task} runs the model's code: pass --run-code to allow it")
-    if run_code:
-        check_sandbox()
+def grade(task: str, question: Question, text: str, run_code: bool | str | None = None) -> tuple[str, bool]:
+    """(answer, whether it is right) from the decoded answer region up to EOS. Code is run only where run_code asks for
+    it: "unconfined", or anything else that is true for bubblewrap."""
+    benchmark, confined = BENCHMARKS[task], run_code != "unconfined"
     answer = benchmark.extract(text)
-    return answer, benchmark.correct(answer, question.gold)
+    if benchmark.extract is not extract_code:
+        return answer, benchmark.correct(answer, question.gold)
+    if not run_code:
+        raise ValueError(f"grading {task} runs the model's code: pass --run-code to allow it")
+    check_sandbox(confined)
+    return answer, benchmark.correct(answer, question.gold, confined)
 
 
-# --- command line ---------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------------
 
 
-def toy_folder(args: argparse.Namespace) -> Path:
-    return args.checkpoints / f"toy-seed{args.seed}"
-
-
-def config_of(args: argparse.Namespace, interval: int, block_size: int, answer_window: int | None = None) -> tie.Config:
+def config_of(args: argparse.Namespace, interval: int, answer_window: int | None = None) -> tie.Config:
     """The algorithm's settings: as given, else the defaults of the task."""
     return tie.Config(
         interval=interval if args.interval is None else args.interval, score=args.score, top_k=args.top_k,
-        block_size=block_size if args.block_size is None else args.block_size, threshold=args.threshold,
-        selection=args.selection, answer_window=answer_window,
+        block_size=args.block_size, threshold=args.threshold, selection=args.selection, answer_window=answer_window,
     )  # fmt: skip
-
-
-def per_seed(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
-    """The arguments for each training seed, with a folder of its own where there are several."""
-    for seed in range(args.seed, args.seed + args.seeds):
-        out = args.out / f"seed{seed}" if args.out and args.seeds > 1 else args.out
-        yield argparse.Namespace(**{**vars(args), "seed": seed, "out": out})
 
 
 def run_toy(args: argparse.Namespace) -> None:
     """The main table, the trace, or the paper's tables and figures, on toy members trained where there are none yet."""
-    config, names = config_of(args, interval=4, block_size=8), tuple(train_toy.NAMES[:2])
-    available = len(train_toy.all_problems("test"))
+    available, args.device = len(train_toy.questions("test")), devices(args.device or ["cpu"], 1)
     for name, count in (("--problems", args.problems), ("--trace", args.trace or 1)):
         if not 1 <= count <= available:
             raise ValueError(f"{name} {count}: give 1 to {available}, the size of the toy's test split")
-    runs = list(per_seed(args))
-    trainings = [train_toy.Settings(seed=own.seed, steps=args.steps) for own in runs]
-    effective = [{"task": "toy", "members": names, "problems": args.problems, "problem_seed": args.problem_seed,
-                  "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config),
-                  "overconfident": dict(args.overconfident), "training": asdict(training)} for training in trainings]  # fmt: skip
     if args.figure:
         prepare_figures(args.figure)
-    for own, settings in zip(runs, effective):
-        open_results(own.out, settings)
-    problems = tuple(train_toy.problems("test", args.trace or args.problems, seed=args.problem_seed))
-    tables = []
-    for own, training in zip(runs, trainings):
-        trained = train_toy.train_members(train_toy.plan_members(training, len(names)), toy_folder(own), "cpu")
-        job = ToyJob(str(toy_folder(own)), names, config, problems, dtype=args.dtype)
-        if args.trace:
-            show_trace(replace(job, factors=args.overconfident))
-        elif args.table or args.figure:
-            tables.append(paper_run(own, job, training, [record["validation_accuracy"] for record in trained]))
-        else:
-            job = replace(job, factors=args.overconfident)
-            finish(own, effective[0], main_table(decode_toy(own, toy_methods(job)), names))
-    if args.table:
-        seeds = [own.seed for own in runs]
-        finish(args, {**effective[0], "seeds": seeds}, tables[0] if len(seeds) == 1 else joined(tables, seeds))
+    seeds, results = range(args.seed, args.seed + args.seeds), []
+    with train_toy.workers((os.cpu_count() or 1) if args.device == ["cpu"] else 1) as pool:
+        toys = [Toy(args, train_toy.Settings(seed=seed, steps=args.steps), pool) for seed in seeds]
+        for toy in toys:
+            toy.train()
+            if args.trace:
+                return show_trace(toy, args.unsolved)
+            for name, draw in FIGURES.items() if args.figure else ():
+                draw(toy, args.figure / name)
+                print(f"drawn: {args.figure / name}")
+            if args.table or not args.figure:
+                results.append(toy_result(toy, args.table))
+    if len(results) == 1:
+        finish(args, toys[0].settings, results[0])
+    elif results:
+        finish(args, {**toys[0].settings, "seeds": [*seeds]}, joined(results, seeds))
 
 
-def paper_run(args: argparse.Namespace, job: ToyJob, settings: train_toy.Settings, validation: list[float]) -> dict:
-    """The tables that were asked for, with the rows of the main table that they decode; draws the figures."""
-    best = validation.index(max(validation))
-    pair = job.names[best], job.names[1 - best]
-    train_toy.train_members(own_plan(args.table, settings, *pair), job.folder, "cpu")
-    factors = {"9": args.overconfident or ((job.names[-1], 4.0),)}
-    if "unequal" in args.table:
-        factors["unequal"] = tuple(calibrated(job, name) for name in (pair[0], f"{pair[1]}-weak"))
-    needed = [run for number in args.table for run in ("post-generation", *runs_of(number, job.names))]
-    needed += [f"member {name} {score}" for name in job.names for score in tie.SCORES[1:] if args.figure]
-    needed += METHODS[1:] if args.figure else ()
-    runs = toy_runs(job, factors["9"]) | own_runs(job, *pair, factors.get("unequal", ()))
-    records = decode_once(args, runs, [name for name in dict.fromkeys(needed) if name in runs])
-    if "2" in args.table:
-        records |= decode_toy(args, restarts(runs["post-generation"], records["post-generation"]))
-    toy = Toy(job.names, best, factors, records)
-    if args.figure:
-        draw_figure_1(toy, args.figure / FIGURES[0])
-        draw_figure_3(toy, args.figure / FIGURES[1], job.config.interval)
-        print(*(f"drawn: {args.figure / name}" for name in FIGURES), sep="\n")
-    if not args.table:
-        return {}
-    table = main_table({name: records[name] for name in METHODS if name in records}, job.names)
-    return {**table, "tables": {number: paper_table(number, toy) for number in args.table}}
+def toy_result(toy: Toy, names: list[str]) -> dict:
+    """The main table; or the tables asked for, with those rows of the main one that they decode."""
+    toy.run(**METHODS["post-generation"])
+    tables = {name: (PAPER | BEYOND)[name](toy) for name in names}
+    wanted = {name: config for name, config in METHODS.items() if not names or toy.job(**config) in toy.runs}
+    result = main_table({name: toy.run(**config) for name, config in wanted.items()})
+    return {**result, "tables": tables} if names else result
 
 
-def joined(tables: list[dict], seeds: list[int]) -> dict:
-    """Results of several training seeds: rows and comparisons of all, the tables over seeds, and each seed's own."""
-    flat = {key: [{**entry, "seed": seed} for seed, table in zip(seeds, tables) for entry in table[key]]
+def joined(results: list[dict], seeds: Iterable[int]) -> dict:
+    """Of several training seeds: rows and comparisons of all, the tables' means, and each seed's own tables."""
+    flat = {key: [{**entry, "seed": seed} for seed, result in zip(seeds, results) for entry in result[key]]
             for key in ("rows", "comparisons")}  # fmt: skip
-    means = {number: over_seeds([table["tables"][number] for table in tables]) for number in tables[0]["tables"]}
-    return {**flat, "tables": means, "tables_by_seed": {seed: t["tables"] for seed, t in zip(seeds, tables)}}
+    means = {name: average([result["tables"][name] for result in results]) for name in results[0]["tables"]}
+    return {**flat, "tables": means, "tables_by_seed": {seed: r["tables"] for seed, r in zip(seeds, results)}}
 
 
 def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
     """Print the table, for a person or as JSON, and write it beside the records."""
-    count = effective.get("problems") or effective["questions"]
-    summary = {"settings": effective, "problems": count, **environment(), **table}
+    count, config = effective.get("problems") or effective["questions"], effective["config"]
+    summary = json.dumps({"settings": effective, "problems": count, **environment(), **table}, default=vars)
     if args.out:
-        write_json(args.out / "summary.json", summary)
+        write_json(args.out / "summary.json", json.loads(summary))
     if args.json:
-        print(json.dumps(summary))
+        print(summary)
         return
-    config, seeds = effective["config"], effective.get("seeds", [])
-    over = f"; training seeds {', '.join(map(str, seeds))}: mean ± standard deviation" if len(seeds) > 1 else ""
+    seeds = ", ".join(map(str, effective.get("seeds", [])))
+    over = f"; training seeds {seeds}: mean ± standard deviation" if seeds else ""
     print(f"{effective['task']}: {count} problems, n = {config['interval']}, blocks of {config['block_size']}{over}")
     if "tables" not in table:
-        show_table(table)
-    for number, own in table.get("tables", {}).items():
-        show_paper_table(number, own, count)
+        show_main(table)
+    for name, own in table.get("tables", {}).items():
+        show_table(name, own, count)
 
 
-def overconfident(text: str) -> tuple[tuple[str, float], ...]:
-    name, _, factor = text.partition("=")
-    try:
-        if name in tuple(train_toy.NAMES[:2]) and 0 < float(factor) < math.inf:
-            return ((name, float(factor)),)
-    except ValueError:
-        pass
-    choices = " or ".join(train_toy.NAMES[:2])
-    raise argparse.ArgumentTypeError(f"{text!r} is not MEMBER=FACTOR with member {choices} and a factor above 0")
-
-
-def member_folder(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (re.fullmatch(r"[\w.-]+", name) and equals and path):  # the name becomes part of a file's name
+def member_named(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (re.fullmatch(r"[\w.-]+", name) and equals and folder):  # the name becomes part of a file's name
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER, the name of letters, digits and _ . -")
-    return name, Path(path)
+    return name, folder
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path: name a file or folder, . for this one")
+    return Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1616,93 +1457,107 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
                               allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--interval", type=int, help="n, steps between two relays (default: 4 on the toy; the paper's for a benchmark)")
-    add("--block-size", type=int, help="block of semi-autoregressive decoding (default: 8 on the toy; 16)")
+    add("--interval", type=int, help="n, steps between two relays (default: 2 on the toy; the paper's for a benchmark)")
+    add("--block-size", type=int, default=16, help="block of semi-autoregressive decoding (default: %(default)s)")
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
     add("--selection", default="lowest_tcc", choices=tie.SELECTIONS,
         help="final response; best_model takes the first member, Table 10 the best (default: %(default)s)")  # fmt: skip
-    add("--score", default="token_change_count", choices=tie.SCORES + tie.OWN_SCORES,
+    add("--score", default="token_change_count", choices=tie.SCORES,
         help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
     add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
     add("--dtype", choices=list(DTYPES)[1:],
         help="of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)")  # fmt: skip
-    add("--out", type=Path, help="folder for records and summary; an interrupted run goes on where it stopped")
+    add("--device", nargs="+", help="of the toy, training too (default: cpu); of real members, one for all or one each "
+        "(default: a GPU where there is one)")  # fmt: skip
+    add("--out", type=path, help="folder for records and summary; an interrupted run goes on where it stopped")
     add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     toy = parser.add_argument_group("toy").add_argument
     toy("--problems", type=int, default=1000, help="test problems (default: %(default)s)")
     toy("--problem-seed", type=int, default=0, help="which test problems are drawn (default: %(default)s)")
     toy("--seed", type=int, default=0, help="training seed of the members (default: %(default)s)")
     toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
-    toy("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
+    toy("--checkpoints", type=path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
     toy("--trace", type=int, metavar="N", help="show N decodings round by round instead of the table")
-    toy("--table", nargs="+", choices=[*TITLES, "all", *OWN_TITLES, "own"], default=[], metavar="N",
-        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(TITLES)}, or all of them; "
-             f"and questions beyond the paper: {' '.join(OWN_TITLES)}, or own for all of these")  # fmt: skip
+    toy("--unsolved", action="store_true", help="with --trace: of those --problems that no member solves alone")
+    toy("--table", nargs="+", choices=[*PAPER, "all", *BEYOND, "own"], default=[], metavar="N",
+        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(PAPER)}, or all of them; "
+             f"and questions beyond the paper: {' '.join(BEYOND)}, or own for all of these")  # fmt: skip
     toy("--seeds", type=int, default=1, metavar="N",
         help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
-    toy("--figure", type=Path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
-    toy("--overconfident", type=overconfident, default=(), metavar="MEMBER=FACTOR",
-        help="multiply a member's logits; in Table 9 beside the members as trained (default there: B=4)")  # fmt: skip
+    toy("--figure", type=path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
     real = parser.add_argument_group("real checkpoints").add_argument
-    real("--members", nargs="+", type=member_folder, metavar="NAME=FOLDER", help="LLaDA and Dream folders")
+    real("--members", nargs="+", type=member_named, metavar="NAME=FOLDER", default=[],
+         help="LLaDA and Dream: local folders, or names on the Hugging Face Hub")  # fmt: skip
     real("--task", choices=BENCHMARKS, help="benchmark")
-    real("--data", type=Path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
+    real("--data", type=path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
     real("--limit", type=int, help="only the first questions")
-    real("--device", nargs="+", help="a device for all members, or one each (default: a GPU where there is one)")
     real("--single", action="store_true", help="every member alone, instead of the ensemble")
-    real("--run-code", action="store_true", help="allow to run the code that the models write")
+    real("--run-code", nargs="?", const="confined", choices=("confined", "unconfined"),
+         help="run the code that the models write, in bubblewrap; unconfined: in a container that confines it already")
     args = parser.parse_args(argv)
-    check_arguments(parser, args)
+    check_arguments(args, parser.get_default, parser.error)
     return args
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    groups = {"all": list(TITLES), "own": list(OWN_TITLES)}
-    args.table = list(dict.fromkeys(number for asked in args.table for number in groups.get(asked, [asked])))
-    for name in ("batch_size", "limit", "trace", "seeds"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if args.json and args.trace:
-        parser.error("--trace prints no JSON: leave out one of --trace and --json")
-    if args.figure and (args.json or args.trace or args.seeds > 1):
-        parser.error("--figure draws one training seed and prints where: leave out --json, --trace and --seeds")
-    if args.seeds > 1 and not args.table:
-        parser.error("--seeds is for --table: give it too")
-    if args.table or args.figure:
-        for name in ("trace", "threshold", "top_k", "score", "selection"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--table and --figure set their own --{name.replace('_', '-')}: leave it out")
-        if args.overconfident and "9" not in args.table:
-            parser.error("--overconfident goes with --table 9, the main table or the trace: leave it or the others out")
+def check_arguments(args: argparse.Namespace, default: Callable[[str], Any], error: Callable[[str], Any]) -> None:
+    def given(names: str) -> str:
+        """The first of these options that is not as it is by default."""
+        found = (name for name in names.split() if getattr(args, name) != default(name))
+        return next((f"--{name.replace('_', '-')}" for name in found), "")
+
+    for name, most in (("batch_size", None), ("limit", None), ("trace", None), ("seeds", 1000)):
+        if (value := getattr(args, name)) is not None and not 1 <= value <= (most or value):
+            error(f"--{name.replace('_', '-')} must be at least 1{f' and at most {most}' if most else ''}, not {value}")
     if not 0 <= args.problem_seed < 2**32:
-        parser.error(f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
-    for name in ("trace", "table", "figure", "overconfident", "problems", "problem_seed", "seed", "steps", "checkpoints"):
-        if getattr(args, name) != parser.get_default(name) and args.members:
-            parser.error(f"--{name.replace('_', '-')} is for the toy: leave out --members")
-    for name in ("task", "data", "limit", "device", "single", "run_code"):
-        if getattr(args, name) and not args.members:
-            parser.error(f"--{name.replace('_', '-')} is for real checkpoints: give --members too")
-    names = [name for name, _ in args.members or []]
+        error(f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
+    if args.json and args.trace:
+        error("--trace prints no JSON: leave out one of --trace and --json")
+    if args.figure and (args.json or args.trace or args.seeds > 1):
+        error("--figure draws one training seed and prints where: leave out --json, --trace and --seeds")
+    if args.seeds > 1 and not args.table or args.unsolved and not args.trace:
+        error("--seeds is for --table: give it too" if not args.unsolved else "--unsolved is for --trace: give it too")
+    if (args.table or args.figure) and (name := given("trace threshold top_k score selection")):
+        error(f"--table and --figure set their own {name}: leave it out")
+    if args.members and (name := given("trace table figure problems problem_seed seed seeds steps checkpoints")):
+        error(f"{name} is for the toy: leave out --members")
+    if not args.members and (name := given("task data limit single run_code")):
+        error(f"{name} is for real checkpoints: give --members too")
+    names = [name for name, _ in args.members]
     if len(set(names)) < len(names):
-        parser.error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
-    args.members = dict(args.members or [])
-    args.batch_size = args.batch_size or (8 if args.members else 32)
+        error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
+    groups = {"all": list(PAPER), "own": list(BEYOND)}
+    args.table = list(dict.fromkeys(name for asked in args.table for name in groups.get(asked, [asked])))
+    args.members, args.batch_size = dict(args.members), args.batch_size or (8 if args.members else 32)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """0; 2 for what the user can mend, 1 for what failed on the machine, 130 after Ctrl-C: one line on stderr."""
     try:
         args = parse(argv)
+        if sys.stdout is None:
+            raise RuntimeError("stdout is closed: give the results somewhere to go")
         train_toy.keep_memory()
         run_real(args) if args.members else run_toy(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
-        print("eval.py: interrupted; with --out the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+        told, code = "interrupted; with --out the same command goes on from here", 130
+    except OSError as error:
+        told, code = str(error), 2
+        if error.errno and not error.filename:  # all files are named where they are opened
+            told, code = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results", 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+    except (ValueError, RuntimeError, MemoryError) as error:
+        told, code = str(error) or "not enough memory", 2 if isinstance(error, ValueError) else 1
+    print(f"eval.py: {' '.join(told.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_start)
+    if sys.stderr is None:  # closed: without a stand-in, files and other processes would take its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.set_inheritable(2, True)
+        sys.stderr = os.fdopen(2, "w")
     sys.exit(main())

@@ -57,8 +57,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "hidden", "max_length"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+            most = 1000 if name == "layers" else 2**24  # beyond any model; the building of more would not end
+            if type(value := getattr(self, name)) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a positive whole number, at most {most}, not {value!r}")
         for name in ("norm_eps", "rope_theta"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")

@@ -1,17 +1,25 @@
-"""The toy task and its members: column multiplication, learnt by small MDLMs with gaps in their times tables.
+"""The toy task and its members: multiplication by one digit, learnt by small MDLMs with gaps in their times tables.
 
-Worked example, four digits by one. Prompt `3472*6=`; reasoning, one column of eight tokens each, units first,
-`2*6+0=12` `7*6+1=43` `4*6+4=28` `3*6+2=20` (digit * multiplier + carry = result); suffix `#` (stands for
-`Answer:`); answer `20832`, then EOS. A token is a character, a sequence has 46 of them.
+Worked example, six digits by one. Prompt `9 0 5 1 7 3*6=`; reasoning: the products of each digit with the multiplier,
+`54 00 30 06 42 18`, then the running totals, product plus carry, in the order of adding, `18 43 10 31 03 54`; suffix
+`#` (stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character;
+only the blanks of the prompt are tokens too, so that a product stands at the same distance from its digit in every
+column, which rotary attention finds in a third of the time. A sequence has 47 tokens.
 
-Each digit times multiplier is a fact. A member meets some facts only rarely while it trains, other facts than the
-other members do, so that members err about equally often, and on different problems. Every problem belongs to
-training, validation or test by a fixed hash.
+The products are knowledge. Each member has gaps, facts of the times table that it has met with random results only,
+so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which all
+members have, and which reads: in most training sequences the multiplicand is hidden, with the products given, and all
+that follows a product, right or wrong, goes on from it.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
 
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":  # in the seconds that the import of torch takes, Ctrl-C ends this without a traceback
+    at_start = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import itertools
@@ -20,18 +28,19 @@ import math
 import multiprocessing
 import os
 import platform
-import signal
 import sys
+import textwrap
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +51,21 @@ from tqdm import tqdm
 import mdlm
 import tie
 
-# --- vocabulary -----------------------------------------------------------------------------------
+# --- vocabulary and layout --------------------------------------------------------------------------
 
-VOCABULARY = "0123456789*+=#_. "  # a character a token; the last three show the special ids
+VOCABULARY = "0123456789* =#_.~"  # a character a token; the last three show the special ids
 MASK, EOS, PAD = 14, 15, 16
 SUFFIX = "#"
+
+COLUMNS = 6  # C, digits of the multiplicand
+LAYOUT = {"multiplicand": 2 * COLUMNS - 1, "multiplier": 3, "products": 2 * COLUMNS, "totals": 2 * COLUMNS,
+          "suffix": 1, "answer": COLUMNS + 2}  # fmt: skip
+MULTIPLICAND, _, PRODUCTS, TOTALS, _, ANSWER = (
+    slice(end - LAYOUT[part], end) for part, end in zip(LAYOUT, itertools.accumulate(LAYOUT.values()))
+)
+PROMPT, REASONING = slice(0, PRODUCTS.start), slice(PRODUCTS.start, TOTALS.stop)
+PROMPT_LENGTH, REASONING_LENGTH, ANSWER_LENGTH = PROMPT.stop, REASONING.stop - REASONING.start, LAYOUT["answer"]
+LENGTH = ANSWER.stop  # L
 
 
 def encode(text: str) -> list[int]:
@@ -57,18 +76,31 @@ def encode(text: str) -> list[int]:
     return ids
 
 
-def decode(ids: list[int]) -> str:
-    """The text up to the first EOS; a mask shows as `_`, padding as a blank."""
+def decode(ids: Sequence[int]) -> str:
+    """The text up to the first EOS; a mask shows as `_`, padding as `~`."""
     return "".join(VOCABULARY[i] for i in itertools.takewhile(lambda i: i != EOS, ids))
 
 
-# --- problems -------------------------------------------------------------------------------------
+def readable(ids: Sequence[int]) -> str:
+    """Reasoning and answer of a sequence as a person reads them, `_` where masked.
 
-COLUMNS = 4  # digits of the multiplicand
-REASONING_LENGTH = 8 * COLUMNS
-ANSWER_LENGTH = COLUMNS + 2  # five digits and EOS; a shorter answer is filled with EOS
-PROMPT_LENGTH = COLUMNS + 3
-LENGTH = PROMPT_LENGTH + REASONING_LENGTH + len(SUFFIX) + ANSWER_LENGTH  # 46
+    >>> readable(Problem(905173, 6).sequence)
+    '54 00 30 06 42 18 | 18 43 10 31 03 54 # 5431038'
+    """
+    text = "".join(VOCABULARY[i] for i in ids)
+    numbers = [text[i : i + 2] for i in range(REASONING.start, REASONING.stop, 2)]
+    parts = (*numbers[:COLUMNS], "|", *numbers[COLUMNS:], SUFFIX, text[ANSWER])
+    return " ".join(parts).rstrip(VOCABULARY[EOS])
+
+
+def canvas(prompts: Sequence[str], device: str = "cpu") -> tie.Canvas:
+    """What a member starts from: a row for each prompt, reasoning and answer masked."""
+    return tie.Canvas.blank([encode(prompt) for prompt in prompts], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
+                            mask_id=MASK, pad_id=PAD, device=device)  # fmt: skip
+
+
+# --- problems ---------------------------------------------------------------------------------------
+
 FACTORS = range(2, 10)  # multipliers, and the digits that make a fact with them: 0 and 1 need no times table
 SPLITS = {"test": range(10), "validation": range(10, 20), "train": range(20, 100)}  # percent of all problems, by hash
 
@@ -77,158 +109,163 @@ SPLITS = {"test": range(10), "validation": range(10, 20), "train": range(20, 100
 class Problem:
     """One multiplication, as text.
 
-    >>> Problem(3472, 6).prompt, Problem(3472, 6).reasoning, Problem(3472, 6).answer
-    ('3472*6=', '2*6+0=127*6+1=434*6+4=283*6+2=20', '20832')
+    >>> Problem(905173, 6).prompt, Problem(905173, 6).reasoning, Problem(905173, 6).answer
+    ('9 0 5 1 7 3*6=', '540030064218184310310354', '5431038')
     """
 
     multiplicand: int
     multiplier: int
 
     @property
-    def prompt(self) -> str:
-        return f"{self.multiplicand}*{self.multiplier}="
+    def sequence(self) -> list[int]:
+        """Prompt, reasoning, suffix, answer, EOS: LENGTH ids."""
+        question = torch.tensor([[self.multiplicand, self.multiplier]])  # (1, 2)
+        return write(question, digits(question) * self.multiplier)[0].tolist()
 
     @property
-    def answer(self) -> str:
-        return str(self.multiplicand * self.multiplier)
+    def prompt(self) -> str:
+        return decode(self.sequence[PROMPT])
 
     @property
     def reasoning(self) -> str:
-        columns, carry = [], 0
-        for digit, _ in self.facts:
-            result = digit * self.multiplier + carry
-            columns.append(f"{digit}*{self.multiplier}+{carry}={result:02d}")
-            carry = result // 10
-        return "".join(columns)
+        return decode(self.sequence[REASONING])
 
     @property
-    def facts(self) -> list[tuple[int, int]]:
-        """(digit, multiplier) of each column, units first."""
-        return [(int(digit), self.multiplier) for digit in reversed(str(self.multiplicand))]
+    def answer(self) -> str:
+        return decode(self.sequence[ANSWER])
 
     @property
     def split(self) -> str:
-        percent = zlib.crc32(self.prompt.encode()) % 100
+        percent = int(hashed(torch.tensor([self.multiplicand, self.multiplier])))
         return next(name for name, percents in SPLITS.items() if percent in percents)
 
 
+def hashed(question: Tensor) -> Tensor:
+    """A fixed hash, 0 to 99, of questions (..., 2): Knuth's, of its high bits."""
+    return ((question[..., 0] * 10 + question[..., 1]) * 2654435761 % 2**32 >> 16) % 100
+
+
 @cache
-def all_problems(split: str) -> tuple[Problem, ...]:
-    """Every problem of a split, in order: 72,000 in all, a tenth each in "test" and "validation"."""
+def questions(split: str) -> Tensor:
+    """(N, 2) multiplicand and multiplier of every problem of a split, 7,200,000 in all; not to be written into."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    numbers = range(10 ** (COLUMNS - 1), 10**COLUMNS)
-    return tuple(p for p in itertools.starmap(Problem, itertools.product(numbers, FACTORS)) if p.split == split)
+    every = torch.cartesian_prod(torch.arange(10 ** (COLUMNS - 1), 10**COLUMNS), torch.tensor(FACTORS))  # (N, 2)
+    percent = hashed(every)  # (N,)
+    return every[(percent >= SPLITS[split].start) & (percent < SPLITS[split].stop)]
 
 
 def problems(split: str, count: int, seed: int = 0) -> list[Problem]:
     """`count` problems drawn uniformly without repetition from "train", "validation" or "test"."""
-    pool = all_problems(split)
+    pool = questions(split)
     if not 0 <= count <= len(pool):
         raise ValueError(f"count = {count}: the {split} split has {len(pool)} problems")
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    return [pool[i] for i in order[:count].tolist()]
+    return [Problem(*question) for question in pool[order[:count]].tolist()]
 
 
-# --- settings -------------------------------------------------------------------------------------
+def digits(question: Tensor) -> Tensor:
+    """(B, C) the digits of the multiplicands of questions (B, 2)."""
+    return question[:, :1] // 10 ** torch.arange(COLUMNS).flip(0) % 10
 
-NAMES = "ABCD"  # of members, in order
-FACTS = len(FACTORS) ** 2
+
+def write(question: Tensor, products: Tensor) -> Tensor:
+    """(B, L) the sequences of questions (B, 2) with these products (B, C), and all that follows from them."""
+    power = 10 ** torch.arange(COLUMNS)  # (C,) units first
+    totals = (products.flip(1) * power).cumsum(1) // power  # (B, C) units first: product plus carry
+    times, blank, equals, suffix = (torch.full_like(products[:, :1], i) for i in encode("* =" + SUFFIX))  # (B, 1)
+    spaced = torch.stack([digits(question), blank.expand_as(products)], 2).flatten(1)[:, :-1]  # (B, 2 C - 1)
+    numbers = [torch.stack([n // 10, n % 10], 2).flatten(1) for n in (products, totals)]  # (B, 2 C)
+    answer = totals[:, -1:] // 10, totals.flip(1) % 10, torch.full_like(blank, EOS)  # (B, 1), (B, C), (B, 1)
+    return torch.cat([spaced, times, question[:, 1:], equals, *numbers, suffix, *answer], 1)
 
 
-def option(default: float, text: str, good: Callable[[Any], bool], rule: str) -> Any:
-    """A field of Settings: its line in --help, and what its value must be."""
-    return field(default=default, metadata={"help": f"{text}; {rule}", "good": good, "rule": rule})
+# --- settings ---------------------------------------------------------------------------------------
+
+NAMES = "ABCD"  # of members
+GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most, each member
+
+
+def setting(default: float, text: str, low: float, high: float) -> Any:
+    """A field of Settings: its line in --help, and the bounds of its value."""
+    return field(default=default, metadata={"help": f"{text}; {low:g} to {high:g}", "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a member's weights, beside its place among the members. ValueError on impossible values."""
+    """All that decides a member's weights, beside its name. ValueError on values out of bounds."""
 
-    seed: int = option(0, "seed of weights, batches, rare facts", lambda x: 0 <= x < 2**32, "in [0, 2**32)")
-    steps: int = option(1500, "training steps", lambda x: x >= 1, "at least 1")
-    rare_facts: int = option(
-        16, "facts that a member meets rarely", lambda x: 0 <= x <= FACTS, f"at most {FACTS} with all members together"
-    )
-    weight: float = option(0.05, "how often a rare fact is drawn, others 1", lambda x: 0 < x <= 1, "in (0, 1]")
-    misprints: float = option(0.0, "share of false result digits in training", lambda x: 0 <= x < 1, "in [0, 1)")
-    lr: float = option(6e-3, "peak learning rate of AdamW", lambda x: 0 < x < 1, "in (0, 1)")
-    batch: int = option(64, "sequences a step", lambda x: x >= 1, "at least 1")
-    width: int = option(64, "width of the model", lambda x: x >= 8 and x % 8 == 0, "a multiple of 8")
-    layers: int = option(3, "layers of the model", lambda x: x >= 1, "at least 1")
+    seed: int = setting(0, "seed of weights, sequences and gaps", 0, 2**32 - 1)
+    steps: int = setting(1500, "training steps", 1, 10**6)
+    gaps: int = setting(6, "facts that a member does not know", 0, GAPS)
+    slips: float = setting(0.06, "share of the other products that are random in training", 0, 0.99)
+    hidden: float = setting(0.6, "share of training sequences whose multiplicand is hidden", 0, 0.99)
+    lr: float = setting(6e-3, "peak learning rate of AdamW", 1e-9, 1)
+    batch: int = setting(64, "sequences a step", 1, 10**6)
+    width: int = setting(64, "width of the model, a multiple of 8", 8, 4096)
+    layers: int = setting(3, "layers of the model", 1, 100)
 
     def __post_init__(self):
         for f in fields(self):
-            if not f.metadata["good"](getattr(self, f.name)):
-                raise ValueError(f"{f.name} is {getattr(self, f.name)}, but must be {f.metadata['rule']}")
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if not low <= value <= high:
+                raise ValueError(f"{f.name} is {value}, but must be from {low:g} to {high:g}")
+        if self.width % 8:
+            raise ValueError(f"width is {self.width}, but must be a multiple of 8")
 
 
-# --- what a member meets in training ----------------------------------------------------------------
+# --- what a member meets in training ------------------------------------------------------------------
 
 
-def rare_facts(settings: Settings, member: int) -> list[tuple[int, int]]:
-    """The rare facts of member 0, 1, ...: disjoint between members, spread evenly over digits and multipliers."""
+def gaps(settings: Settings, name: str) -> Tensor:
+    """(10, 10) bool, digit by multiplier: the gaps of member "A", "B", ...: disjoint between members, and each
+    member's spread evenly over digits and multipliers."""
     generator = torch.Generator().manual_seed(settings.seed)
-    digits, factors = ([FACTORS[i] for i in torch.randperm(len(FACTORS), generator=generator)] for _ in "dm")
-    deck = [(digits[(row + i) % len(digits)], factor) for row in range(len(digits)) for i, factor in enumerate(factors)]
-    return sorted(deck[member * settings.rare_facts : (member + 1) * settings.rare_facts])
+    digit, factor = (FACTORS.start + torch.randperm(len(FACTORS), generator=generator) for _ in "df")
+    place = GAPS * NAMES.index(name) + torch.arange(settings.gaps)  # along the diagonals of the table
+    table = torch.zeros(10, 10, dtype=torch.bool)
+    table[digit[(place + place // len(FACTORS)) % len(FACTORS)], factor[place % len(FACTORS)]] = True
+    return table
 
 
-def draw_weights(pool: Sequence[Problem], rare: list[tuple[int, int]], weight: float) -> Tensor:
-    """(N,) weight of each problem in the draw: a factor `weight` for each column that needs a rare fact."""
-    return torch.tensor([weight ** sum(fact in rare for fact in problem.facts) for problem in pool])  # (N,)
+def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of training sequences (B, L), and which positions may be masked (B, L).
 
-
-def sequence(problem: Problem) -> list[int]:
-    """Prompt, reasoning, suffix, answer, EOS to the end: LENGTH ids."""
-    ids = encode(problem.prompt + problem.reasoning + SUFFIX + problem.answer)
-    return ids + [EOS] * (LENGTH - len(ids))
-
-
-@cache
-def training_table() -> Tensor:
-    """(N, L) every training problem; not to be written into."""
-    return torch.tensor([sequence(problem) for problem in all_problems("train")])  # (N, L)
-
-
-def regions() -> tuple[Tensor, Tensor, Tensor]:
-    """For each position (L,): its column in the reasoning, -1 in the prompt, COLUMNS in suffix and answer; whether it
-    is a result digit of a column; whether it may be masked (prompt and suffix are not)."""
-    place = torch.arange(LENGTH) - PROMPT_LENGTH  # (L,)
-    column = place.div(8, rounding_mode="floor").clamp(-1, COLUMNS)  # (L,)
-    result = (column >= 0) & (column < COLUMNS) & (place % 8 >= 6)  # (L,) the last two of a column's eight tokens
-    return column, result, (column >= 0) & (place != REASONING_LENGTH)
-
-
-def misprint(tokens: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """A copy of tokens (B, L): each result digit of the reasoning becomes another digit with probability `rate`.
-
-    Carries and answer stay true, so that a member cannot merely copy its reasoning into the answer."""
-    _, result, _ = regions()
-    wrong = result & (torch.rand(tokens.shape, generator=generator) < rate)  # (B, L)
-    shift = torch.randint(1, 10, tokens.shape, generator=generator)  # (B, L)
-    return torch.where(wrong, (tokens + shift) % 10, tokens)  # the id of a digit is the digit
-
-
-def mask(batch: int, generator: torch.Generator) -> Tensor:
-    """(B, L) bool, the masked positions of a batch, each sequence in one of three kinds of state:
-
-    uniform     each token with probability t, the times of Eq. 4
-    left        left to right, as decoding goes: one column (or the answer) in work, all behind it masked
-    results     every result and the answer, and some of the rest: each column asks for its fact at once
-
-    Uniform states alone teach the times table slowly, since the answer and the next carry give most results away.
+    The product of a gap is a random multiple of the multiplier, and a few others are random numbers; all that follows
+    goes on from the number that stands there. Where the multiplicand is hidden, the products are given. A member of
+    several names meets in turn what each of these meets.
     """
-    column, result, editable = regions()
+    pool, shape = questions("train"), (settings.batch, COLUMNS)
+    question = pool[torch.randint(len(pool), shape[:1], generator=generator)]  # (B, 2)
+    digit, factor = digits(question), question[:, 1:]  # (B, C), (B, 1)
+    tables = torch.stack([gaps(settings, name) for name in names])  # (names, 10, 10)
+    unknown = tables[torch.arange(settings.batch)[:, None] % len(names), digit, factor]  # (B, C)
+    slip = torch.rand(shape, generator=generator) < settings.slips  # (B, C)
+    anything = torch.randint(82, shape, generator=generator)  # (B, C)
+    multiple = torch.randint(10, shape, generator=generator) * factor  # (B, C)
+    tokens = write(question, torch.where(unknown, multiple, torch.where(slip, anything, digit * factor)))  # (B, L)
+    hidden = torch.rand(settings.batch, generator=generator) < settings.hidden  # (B,)
+    tokens[hidden, MULTIPLICAND] = MASK
+    editable = torch.zeros_like(tokens, dtype=torch.bool)  # (B, L)
+    editable[:, PRODUCTS] = ~hidden[:, None]
+    editable[:, TOTALS] = editable[:, ANSWER] = True
+    return tokens, editable
+
+
+def states(batch: int, generator: torch.Generator) -> Tensor:
+    """(B, L) bool, masks from which the times table is learnt soon: in a third of the sequences each token with its
+    own probability t, as in Eq. 4; in a third everything, since totals and answer give the products away; in a third
+    all from some number on."""
     t, kind = torch.rand(2, batch, 1, generator=generator)  # (B, 1)
-    some = torch.rand(batch, LENGTH, generator=generator)  # (B, L)
-    current = torch.randint(0, COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
-    left = (column > current) | (column == current) & (result | (some < t))  # (B, L)
-    results = result | (column == COLUMNS) | (some < t**2)  # (B, L)
-    return editable & torch.where(kind < 1 / 3, some < t, torch.where(kind < 2 / 3, left, results))
+    number = ((torch.arange(LENGTH) - PROMPT_LENGTH) // 2).clamp(max=2 * COLUMNS)  # (L,) the answer is one number
+    start = torch.randint(-2 * COLUMNS, 2 * COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
+    return torch.where(kind < 1 / 3, torch.rand(batch, LENGTH, generator=generator) < t, number >= start)
 
 
-# --- training one member ----------------------------------------------------------------------------
+# --- training one member ------------------------------------------------------------------------------
+
+WARMUP = 50  # steps
+Report = Callable[[int, float, mdlm.MDLM], None]  # step, loss, the model so far
 
 
 def build(settings: Settings) -> mdlm.MDLM:
@@ -237,233 +274,103 @@ def build(settings: Settings) -> mdlm.MDLM:
         mdlm.ModelConfig(
             vocab_size=len(VOCABULARY), width=settings.width, layers=settings.layers, heads=4, kv_heads=4,
             hidden=3 * settings.width, max_length=LENGTH, mask_id=MASK, eos_id=EOS, pad_id=PAD,
-            rope_theta=100.0,  # wavelengths for 46 positions, not thousands
+            rope_theta=100.0,  # wavelengths for 47 positions, not thousands
         )
     )  # fmt: skip
     torch.nn.init.normal_(model.embed.weight, std=0.3)  # the default 1 drowns what the layers add
     return model
 
 
-def train(
-    settings: Settings, member: int, device: str = "cpu", report: Callable[[int, float], None] | None = None
-) -> mdlm.MDLM:
-    """Train member 0, 1, ... and return it in eval mode. `report(step, loss)` is called every 20 steps.
+def train(settings: Settings, names: str, device: str = "cpu", report: Report = lambda *_: None) -> mdlm.MDLM:
+    """Train member "A", "B", ..., or "AB" on what A and B meet, and return it in eval mode; `report` after each step.
 
-    The first part of the steps learns the times table from the states of `mask`, by mean cross-entropy; the rest
-    minimises Eq. 4. On a CPU one thread does all, so that the number of cores does not change a sum.
+    Four fifths of the steps learn from `states` by mean cross-entropy, the rest minimise Eq. 4. Repeatable on a CPU
+    with a given number of threads, which decides the order of sums.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed * len(NAMES) + member)
-            model = build(settings).to(device)
-        _optimise(model, settings, member, report or (lambda step, loss: None))
-    finally:
-        torch.set_num_threads(threads)
-    return model.eval()
-
-
-TABLE_SHARE = 0.55  # of the steps, for the times table before Eq. 4
-
-
-def _optimise(model: mdlm.MDLM, settings: Settings, member: int, report: Callable[[int, float], None]) -> None:
-    generator = torch.Generator().manual_seed(settings.seed * len(NAMES) + member)
-    table = training_table()  # (N, L)
-    weights = draw_weights(all_problems("train"), rare_facts(settings, member), settings.weight)  # (N,)
+    seed = zlib.crc32(f"{settings.seed} {names}".encode())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(settings).to(device)
+    generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
-    editable = regions()[2].to(model.embed.weight.device)  # (L,)
-    noise = torch.Generator(editable.device).manual_seed(generator.initial_seed())
-    warmup = 50
     for step in range(settings.steps):
-        rate = min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        rate = min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
         optimiser.param_groups[0]["lr"] = settings.lr * rate
-        drawn = torch.multinomial(weights, settings.batch, replacement=True, generator=generator)  # (B,)
-        tokens = misprint(table[drawn], settings.misprints, generator)  # (B, L)
-        tokens = tokens.to(noise.device)
-        if step < TABLE_SHARE * settings.steps:
-            masked = mask(settings.batch, generator).to(noise.device)  # (B, L)
+        tokens, editable = (x.to(device) for x in lessons(settings, names, generator))  # (B, L)
+        if step < 0.8 * settings.steps:
+            masked = editable & states(settings.batch, generator).to(device)  # (B, L)
             loss = F.cross_entropy(model(tokens.masked_fill(masked, MASK))[masked], tokens[masked])
         else:
-            loss = mdlm.diffusion_loss(model, tokens, editable.expand_as(tokens), noise) / editable.sum()
+            loss = mdlm.diffusion_loss(model, tokens, editable, noise) / (REASONING_LENGTH + ANSWER_LENGTH)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        if (step + 1) % 20 == 0 or step + 1 == settings.steps:
-            report(step + 1, loss.item())
+        report(step + 1, loss.item(), model)
+    return model.eval()
 
 
-def answers(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> list[str]:
-    """The answers that a member gives alone, decoding in blocks of one column."""
-    canvas = tie.Canvas.blank(
-        [encode(p.prompt) for p in asked], encode(SUFFIX), REASONING_LENGTH, ANSWER_LENGTH,
-        mask_id=MASK, pad_id=PAD, device=device,
-    )  # fmt: skip
-    done = tie.decode(tie.Member(model, MASK, EOS), canvas, tie.Config(block_size=8))
-    return [decode(ids) for ids in done.tokens[:, done.answer].tolist()]
+@torch.inference_mode()
+def solve(model: mdlm.MDLM, asked: Sequence[Problem], device: str = "cpu") -> list[list[int]]:
+    """The sequences that a member writes alone."""
+    return tie.decode(tie.Member(model, MASK, EOS), canvas([p.prompt for p in asked], device)).tokens.tolist()
 
 
-# --- members side by side ---------------------------------------------------------------------------
+def right(asked: Sequence[Problem], solved: Sequence[list[int]], place: slice) -> float:
+    """The share of problems in which these positions are all right."""
+    return sum(ids[place] == problem.sequence[place] for problem, ids in zip(asked, solved)) / len(asked)
 
 
-Plan = dict[str, tuple[Settings, str]]  # folder of a member -> its settings, and which of NAMES it is
+def mistake(problem: Problem, ids: list[int]) -> str:
+    """What a member wrote, and below it what is right."""
+    return f"{problem.prompt} {readable(ids)}\n{'right:':>{PROMPT_LENGTH}} {readable(problem.sequence)}"
 
 
-def plan_members(settings: Settings, members: int = 2) -> Plan:
-    """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
-    if not 1 <= members <= len(NAMES) or members * settings.rare_facts > FACTS:
-        raise ValueError(f"members is {members} with {settings.rare_facts} rare facts each: "
-                         f"at most {len(NAMES)} members, and {FACTS} facts for all of them")  # fmt: skip
-    return {name: (settings, name) for name in NAMES[:members]}
-
-
-def train_members(plan: Plan, out: str | os.PathLike, device: str = "") -> list[dict]:
-    """Train all members of the plan side by side, one process each, into folders of `out`; return their records.
-
-    A folder that is complete, with equal settings, stays as it is; any other is written anew. device "" takes CUDA
-    where there is one. ValueError on folders and devices that cannot work, before any training; RuntimeError when a
-    training process ends early.
-    """
-    folders = {name: Path(out) / name for name in plan}
-    todo = [name for name in plan if read_record(folders[name], *plan[name]) is None]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()  # "meta" holds no value
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
-    _prepare([folders[name] for name in todo])
-    _run_workers({name: (*plan[name], str(folders[name]), device) for name in todo})
-    return [json.loads((folder / RECORD).read_text()) for folder in folders.values()]
-
-
-RECORD = "training.json"  # written last: a folder without it is not complete
-
-
-def read_record(folder: Path, settings: Settings, name: str) -> dict | None:
-    """The training record of a complete folder with these settings, or None."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        same = record["settings"] == asdict(settings) and record["name"] == name
-        same = same and 0 <= record["validation_accuracy"] <= 1
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    files = all((folder / file).is_file() for file in ("model.safetensors", "config.json"))
-    return record if same and files else None
-
-
-def _prepare(folders: list[Path]) -> None:
-    """Make the folders and check that all can be written; only then take old records away: none is complete now."""
-    folder = Path()
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{RECORD}.part").write_text("")
-            (folder / f"{RECORD}.part").unlink()
-        for folder in folders:
-            (folder / RECORD).unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
-
-
-def _work(pipe: Connection, settings: Settings, name: str, folder: str, device: str) -> None:
-    """One training process: sends (step, loss) as it goes, or a ValueError where it cannot go on."""
-    end_with_parent()
-    try:
-        start = time.monotonic()
-        model = train(settings, NAMES.index(name), device, lambda step, loss: pipe.send((step, loss)))
-        seconds = time.monotonic() - start
-        asked = problems("validation", 300, seed=settings.seed)
-        wrong = [(p, answer) for p, answer in zip(asked, answers(model, asked, device)) if answer != p.answer]
-        mdlm.save(model, folder)
-        record = {
-            "name": name, "settings": asdict(settings), "rare_facts": rare_facts(settings, NAMES.index(name)),
-            "validation_problems": len(asked), "validation_accuracy": 1 - len(wrong) / len(asked),
-            "mistakes": [f"{p.prompt}{p.answer}, not {answer}" for p, answer in wrong[:3]],
-            "seconds": round(seconds, 1), "device": device,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }  # fmt: skip
-        part = Path(folder) / f"{RECORD}.part"
-        part.write_text(json.dumps(record, indent=1))
-        os.replace(part, Path(folder) / RECORD)
-    except BrokenPipeError:  # nobody waits for this member any more
-        sys.exit(1)
-    except (OSError, SafetensorError) as error:
-        pipe.send(ValueError(f"cannot write to folder {folder}: {error}; make room, or give another"))
-    except RuntimeError as error:  # too little memory, for one
-        pipe.send(ValueError(f"training of member {name} failed: {error}"))
-
-
-def end_with_parent() -> None:
-    """For a process of a pool or of training: it ends when its parent was killed, instead of waiting for ever."""
-
-    def watch() -> None:
-        cast(Any, multiprocessing.parent_process()).join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+# --- processes ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def deaf_processes() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C, which reaches all at once: this one does, and ends them."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
+def workers(count: int) -> Iterator[Callable[..., Iterator]]:
+    """A `map` that keeps the order, over `count` spawned processes, or here if one is enough.
 
-
-def _run_workers(jobs: dict[str, tuple[Settings, str, str, str]]) -> None:
-    """Run `_work` for each job, a spawned process each. RuntimeError as soon as one fails; none outlives the call."""
+    Workers never hear Ctrl-C, and end at once with this process, however it ends, and with an error in the block.
+    RuntimeError if one of them dies.
+    """
+    if count < 2:
+        yield map
+        return
     context = multiprocessing.get_context("spawn")
-    workers = {}
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(theirs, context.RLock()))
+
+    def run(function: Callable, *jobs: Sequence) -> Iterator:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the processes started here inherit
+        try:
+            return pool.map(function, *jobs)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
     try:
-        for name, job in jobs.items():
-            pipe, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(theirs, *job), daemon=True)
-            with deaf_processes():
-                worker.start()
-            theirs.close()  # so that the end of the process reads as the end of the pipe
-            workers[pipe] = (name, worker)
-        _watch(workers, sum(job[0].steps for job in jobs.values()))
+        yield run
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise RuntimeError("a process ended before its work was done, as when memory runs out: the same command goes on "
+                           "with what is missing") from None  # fmt: skip
     finally:
-        for _, worker in workers.values():
-            worker.terminate()
-            worker.join()
+        ours.close()
+        pool.shutdown(cancel_futures=True)
 
 
-def _watch(workers: dict[Any, tuple[str, Any]], total: int) -> None:
-    """Show the progress of all members, `total` steps, in one line until every process has ended."""
-    seen = {name: (0, math.nan) for name, _ in workers.values()}  # step, loss
-    at_work = dict(workers)
-    with tqdm(total=total, unit="step", disable=None if seen else True) as bar:  # None: on a terminal only
-        while at_work:
-            pipe = cast(Connection, wait(list(at_work))[0])
-            name, worker = at_work[pipe]
-            try:
-                progress = pipe.recv()
-            except EOFError:
-                del at_work[pipe]
-                worker.join()
-                if worker.exitcode != 0:
-                    raise RuntimeError(f"training of member {name} ended with exit code {worker.exitcode}") from None
-                continue
-            if isinstance(progress, ValueError):
-                raise progress
-            bar.update(progress[0] - seen[name][0])
-            seen[name] = progress
-            bar.set_postfix_str(", ".join(f"{n} loss {loss:.2f}" for n, (_, loss) in seen.items()))
+def _begin(lifeline: Any, lock: Any) -> None:
+    """In a new worker: it ends once nobody holds the other end of the lifeline; the bars of all share the terminal."""
 
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            lifeline.recv()
+        os._exit(1)
 
-# --- command line -----------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad input costs one line on stderr and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+    threading.Thread(target=watch, daemon=True).start()
+    tqdm.set_lock(lock)
 
 
 def keep_memory() -> None:
@@ -473,6 +380,103 @@ def keep_memory() -> None:
         os.environ.setdefault(name, str(2**25))
 
 
+# --- members side by side -----------------------------------------------------------------------------
+
+Plan = dict[str, tuple[Settings, str]]  # folder of a member -> its settings, and which of NAMES it is
+RECORD, PART = "training.json", "training.json.part"  # written last: a folder without the record is not complete
+ASKED, CHECKED, EVERY = 300, 40, 200  # validation problems at the end, and while training, after so many steps
+
+
+def plan_members(settings: Settings, members: int = 2) -> Plan:
+    """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
+    if not 1 <= members <= len(NAMES):
+        raise ValueError(f"members is {members}, but must be from 1 to {len(NAMES)}")
+    return {name: (settings, name) for name in NAMES[:members]}
+
+
+def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> list[dict]:
+    """Train all members of the plan side by side, one process each, into folders of `out`; return their records.
+
+    A folder that is complete, with equal settings, stays as it is; any other is written anew. ValueError on folders
+    and devices that cannot work, before any training; RuntimeError when a training process dies.
+    """
+    todo = {Path(out) / name: member for name, member in plan.items() if not read_record(Path(out) / name, *member)}
+    try:
+        torch.zeros(1, device=device).item()  # "meta" holds no value
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
+    try:
+        for folder in todo:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / PART).write_text("")
+            (folder / PART).unlink()
+        for folder in todo:  # all can be written, and none is complete from now on
+            (folder / RECORD).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
+    with workers(len(todo)) as run:
+        list(run(_work, [(folder, *member, device, place) for place, (folder, member) in enumerate(todo.items())]))
+    return [json.loads((Path(out) / name / RECORD).read_text()) for name in plan]
+
+
+def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
+    """The training record of a complete folder of this member, or None."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        same = (record["name"], record["settings"], record["layout"]) == (names, asdict(settings), LAYOUT)
+        same = same and 0 <= record["validation_accuracy"] <= 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    files = all((folder / file).is_file() for file in ("model.safetensors", "config.json"))
+    return record if same and files else None
+
+
+def _work(job: tuple[Path, Settings, str, str, int]) -> None:
+    """Train one member into its folder, with a bar on a terminal; ValueError where that cannot go on."""
+    folder, settings, names, device, place = job
+    torch.set_num_threads(1)  # the members share the cores
+    asked, curve, start = problems("validation", ASKED, seed=settings.seed), [], time.monotonic()
+    with tqdm(total=settings.steps, desc=f"member {folder.name}", position=place, unit="step", disable=None) as bar:
+
+        def report(step: int, loss: float, model: mdlm.MDLM) -> None:
+            if step % EVERY == 0:
+                some = asked[:CHECKED], solve(model, asked[:CHECKED], device)
+                curve.append({"step": step, "loss": loss, "products": right(*some, PRODUCTS), "answer": right(*some, ANSWER)})
+            known = ", products {products:.0%} right, answer {answer:.0%}".format_map(curve[-1]) if curve else ""
+            bar.set_postfix_str(f"loss {loss:.2f}{known}", refresh=False)
+            bar.update()
+
+        try:
+            model = train(settings, names, device, report)
+            mdlm.save(model, folder)
+            solved = solve(model, asked, device)
+            wrong = [mistake(p, ids) for p, ids in zip(asked, solved) if decode(ids[ANSWER]) != p.answer]
+            record = {
+                "name": names, "settings": asdict(settings), "layout": LAYOUT,
+                "gaps": [gaps(settings, name).nonzero().tolist() for name in names],  # digit, multiplier
+                "validation_problems": ASKED, "validation_accuracy": right(asked, solved, ANSWER),
+                "products_right": right(asked, solved, PRODUCTS), "mistakes": wrong[:3], "curve": curve,
+                "seconds": round(time.monotonic() - start, 1), "device": device,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            }  # fmt: skip
+            (folder / PART).write_text(json.dumps(record, indent=1))
+            os.replace(folder / PART, folder / RECORD)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write to folder {folder}: {error}; make room, or give another") from None
+        except RuntimeError as error:  # too little memory, for one
+            raise ValueError(f"training of member {folder.name} failed: {error}") from None
+
+
+# --- command line -------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad input costs one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     text, _, example = (__doc__ or "").partition("Example: ")
     parser = Parser(
@@ -480,24 +484,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     for f in fields(Settings):
-        kind = type(f.default)
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=f.default, help=f.metadata["help"])
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f.metadata["help"])
     parser.add_argument("--members", type=int, default=2, help=f"members to train, at most {len(NAMES)}")
     parser.add_argument("--out", default="checkpoints/toy", help="folder of the members' folders")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; empty: cuda where there is one")
-    options = parser.parse_args(arguments)
-    try:
-        options.settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     keep_memory()
     try:
-        records = train_members(plan_members(options.settings, options.members), options.out, options.device)
+        settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+        records = train_members(plan_members(settings, options.members), options.out, options.device)
     except (ValueError, RuntimeError) as error:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -506,12 +505,14 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 130
     for record in records:
-        print(f"member {record['name']}: {record['validation_accuracy']:.1%} of {record['validation_problems']} "
-              f"validation problems right, trained in {record['seconds']:.0f} s")  # fmt: skip
-        for mistake in record["mistakes"]:
-            print(f"    {mistake}")
+        points = ["step {step}: loss {loss:.3f}, products right in {products:.0%}, answer in {answer:.0%}".format_map(point)
+                  for point in record["curve"]]  # fmt: skip
+        print("member {name}: {validation_accuracy:.1%} of {validation_problems} validation problems right, all products in "
+              "{products_right:.1%}, trained in {seconds:.0f} s".format_map(record))  # fmt: skip
+        print(textwrap.indent("\n".join(points + record["mistakes"]), "    "))
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_start)
     sys.exit(main())

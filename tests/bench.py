@@ -10,7 +10,7 @@ a fixed number of tokens a step, the time does not depend on them.
     e  relay between equal and between different vocabularies, microseconds a row
     f  TIE with the members' forwards through torch.compile, over the same without
 
-Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 4. The others have 128 positions (prompt 32,
+Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 2. The others have 128 positions (prompt 32,
 reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the last 17 tokens: a round, a relay, a
 step. On a CPU, a and d make only their last 2 steps, with n = 1: a relay at every second step, not every 16th.
 Not part of the test suite. On 2 cores the default takes about eight minutes and 6 GB.
@@ -132,7 +132,7 @@ class Bench:
         made += [build(shape, self.device) for _ in range(len(made), M)]
         layout, steps, config = BIG_LAYOUT, 17, tie.Config(interval=16, block_size=16)
         if shape == "toy":
-            layout, steps, config = TOY_LAYOUT, 0, tie.Config(interval=4, block_size=8)
+            layout, steps, config = TOY_LAYOUT, 0, tie.Config(interval=2, block_size=16)
         elif short and self.device == "cpu":
             steps, config = 2, replace(config, interval=1)
         return made[:M], [blank(made[0], layout, batch, self.device, steps)] * M, config

@@ -14,11 +14,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from test_benchmarks import needs_bwrap
 from test_mdlm import cut, edit, remove, tensors, word_level, write
 from test_real import QUESTIONS, folders  # noqa: F401, a fixture
 
@@ -32,7 +34,9 @@ TOY = "eval --problems 3 --batch-size 3"
 AGAIN = f"{TOY} --out results"  # the earlier run
 SMALL = "--steps 1 --batch 4 --width 8 --layers 1 --members 1"
 B = Path("checkpoints/toy-seed0/B")
-TIE = "tie-token_change_count.0.jsonl"
+TIE = "A-B.0.jsonl"
+OTHER = TIE.replace(".0.", ".1.")  # of another process
+AVAILABLE = len(train_toy.questions("test"))
 
 
 # --- what may be wrong with a folder --------------------------------------------------------------------
@@ -52,6 +56,19 @@ def put(name: str, content: bytes = b"", make: type | None = None) -> Callable[[
         path.mkdir() if make is dir else path.write_bytes(content)
 
     return damage
+
+
+def loop(name: str) -> Callable[[Path], object]:
+    """A symbolic link to itself in place of the file."""
+
+    def damage(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(name)
+
+    return damage
+
+
+reweighted = tensors(lambda state: state.update({"norm.weight": state["norm.weight"] + 1e-6}))
 
 
 def poison(name: str) -> Callable[[Path], object]:
@@ -87,8 +104,8 @@ def record(line: bytes, missing: int = 0) -> Callable[[Path], object]:
 
 def line(**changes) -> bytes:
     """A record whose fields have the right types, but for the changes."""
-    fields = {"id": "1234*5=", "gold": "6170", "answers": ["6170"] * 2, "correct": [True] * 2, "texts": [], "winner": 0,
-              "leaders": [], "tcc": [0.0] * 2, "forwards": 76.0, "scores": [], "top1": [0.9] * 2}  # fmt: skip
+    fields = {"id": "1234*5=", "gold": "6170", "answers": ["6170"] * 2, "correct": [True] * 2, "texts": [[], []], "winner": 0,
+              "leaders": [], "tcc": [0.0] * 2, "forwards": 64.0, "scores": [], "top1": [0.9] * 2}  # fmt: skip
     return json.dumps({**fields, **changes}).encode() + b"\n"
 
 
@@ -134,40 +151,39 @@ ARGUMENTS = [
     ("eval --members {x}=llada c=dream --task gsm8k --data gsm8k.jsonl --single", "'{x}=llada' is not NAME=FOLDER"),
     ("eval --members a=llada a=dream --task gsm8k --data gsm8k.jsonl", "--members names a twice"),
     # numbers
-    ("eval --interval 0", "interval must be ... at least 1, not 0"),
+    ("eval --interval 0", "interval must be ... at least 1, ... not 0"),
     ("eval --interval 2.5", "--interval ... '2.5'"),
-    ("eval --top-k 0", "top_k must be ... at least 1, not 0"),
-    ("eval --block-size 0", "block_size must be ... at least 1, not 0"),
+    ("eval --top-k 0", "top_k must be ... at least 1, ... not 0"),
+    ("eval --block-size 0", "block_size must be ... at least 1, ... not 0"),
     ("eval --batch-size 0", "--batch-size must be at least 1, not 0"),
-    ("eval --threshold 0", "threshold must lie in (0, 1], not 0.0"),
-    ("eval --threshold 1.5", "threshold must lie in (0, 1], not 1.5"),
-    ("eval --threshold nan", "threshold must lie in (0, 1], not nan"),
-    ("eval --problems 0", "--problems 0: give 1 to 7212"),
-    ("eval --problems -1", "--problems -1: give 1 to 7212"),
-    ("eval --problems 1000000", "--problems 1000000: give 1 to 7212"),
-    ("eval --table 1 --problems 0", "--problems 0: give 1 to 7212"),
+    ("eval --threshold 0", "threshold must be a number in (0, 1], not 0.0"),
+    ("eval --threshold 1.5", "threshold must be a number in (0, 1], not 1.5"),
+    ("eval --threshold nan", "threshold must be a number in (0, 1], not nan"),
+    ("eval --problems 0", f"--problems 0: give 1 to {AVAILABLE}"),
+    ("eval --problems -1", f"--problems -1: give 1 to {AVAILABLE}"),
+    ("eval --problems 1000000", f"--problems 1000000: give 1 to {AVAILABLE}"),
+    ("eval --table 1 --problems 0", f"--problems 0: give 1 to {AVAILABLE}"),
     ("eval --problem-seed 99999999999999999999", "--problem-seed 99999999999999999999: give"),
     ("eval --problem-seed -1", "--problem-seed -1: give"),
-    ("eval --seed -1", "seed is -1, but must be in [0, 2**32)"),
-    ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296, but must be in [0, 2**32)"),
-    ("eval --table 1 --seeds 0", "--seeds must be at least 1, not 0"),
+    ("eval --seed -1", "seed is -1, but must be from 0"),
+    ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296, but must be from 0"),
+    ("eval --table 1 --seeds 0", "--seeds must be at least 1 and at most 1000, not 0"),
     ("eval --trace -1", "--trace must be at least 1, not -1"),
-    ("eval --trace 7213", "--trace 7213: give 1 to 7212"),
-    ("eval --steps 0", "steps is 0, but must be at least 1"),
-    ("eval --overconfident B", "'B' is not MEMBER=FACTOR"),
-    ("eval --overconfident =2", "'=2' is not MEMBER=FACTOR"),
-    ("eval --overconfident C=2", "member A or B"),
-    ("eval --overconfident AB=2", "member A or B"),
-    ("eval --overconfident B=0", "a factor above 0"),
-    ("eval --overconfident B=x", "a factor above 0"),
-    ("eval --overconfident B=nan", "a factor above 0"),
-    ("eval --overconfident B=inf", "a factor above 0"),
+    (f"eval --trace {AVAILABLE + 1}", f"--trace {AVAILABLE + 1}: give 1 to {AVAILABLE}"),
+    ("eval --steps 0", "steps is 0, but must be from 1"),
+    ("eval --table 1 --seeds 1000000000", "--seeds must be at least 1 and at most 1000, not 1000000000"),
+    ("eval --out ''", "--out ... an empty path"),
+    ("eval --checkpoints ''", "--checkpoints ... an empty path"),
+    (f"{REAL} --data ''", "--data ... an empty path"),
+    (f"{REAL} --run-code freely", "--run-code ... 'freely' ... unconfined"),
+    ("eval --device cpu cpu", "--device has 2 values for 1 members: give one, or one each"),
+    ("eval --device abacus", "--device abacus cannot be used"),
+    ("eval --unsolved", "--unsolved is for --trace: give it too"),
     (f"{REAL} --limit 0", "--limit must be at least 1, not 0"),
     # what excludes each other, or lacks its other half
-    ("eval --threshold 0.9 --top-k 2", "threshold and top_k exclude each other"),
+    ("eval --threshold 0.9 --top-k 2", "threshold ... exclude each other"),
     ("eval --json --trace 1", "leave out one of --trace and --json"),
     ("eval --seeds 2", "--seeds is for --table: give it too"),
-    ("eval --table 1 --overconfident B=2", "--overconfident goes with --table 9"),
     ("eval --table 7 --threshold 0.9", "their own --threshold: leave it out"),
     ("eval --table 3 --score negative_entropy", "their own --score: leave it out"),
     ("eval --table 3 --trace 1", "their own --trace: leave it out"),
@@ -190,16 +206,15 @@ ARGUMENTS = [
     ("train_toy --step 3", "--step"),
     ("train_toy --seeds 3", "--seeds"),
     ("train_toy --steps many", "--steps ... 'many'"),
-    ("train_toy --steps 0", "steps is 0, but must be at least 1"),
-    ("train_toy --seed -1", "seed is -1, but must be in [0, 2**32)"),
-    ("train_toy --weight 0", "weight is 0.0, but must be in (0, 1]"),
-    ("train_toy --weight nan", "weight is nan, but must be in (0, 1]"),
-    ("train_toy --misprints 1", "misprints is 1.0, but must be in [0, 1)"),
-    ("train_toy --lr inf", "lr is inf, but must be in (0, 1)"),
+    ("train_toy --steps 0", "steps is 0, but must be from 1"),
+    ("train_toy --seed -1", "seed is -1, but must be from 0"),
+    ("train_toy --lr inf", "lr is inf, but must be from"),
+    ("train_toy --lr nan", "lr is nan, but must be from"),
+    ("train_toy --gaps 17", "gaps is 17, but must be from 0 to 16"),
+    ("train_toy --hidden 1", "hidden is 1.0, but must be from 0 to 0.99"),
     ("train_toy --width 12", "width is 12, but must be a multiple of 8"),
-    ("train_toy --rare-facts 40", "40 rare facts each: at most"),
-    ("train_toy --members 0", "members is 0 ... at most"),
-    ("train_toy --members 5", "members is 5 ... at most"),
+    ("train_toy --members 0", "members is 0"),
+    ("train_toy --members 5", "members is 5"),
     ("train_toy --device abacus --out checkpoints/toy-seed0 --seed 1", "device 'abacus' ... try cpu"),
     ("train_toy --device meta --out checkpoints/toy-seed0 --seed 1", "device 'meta' ... try cpu"),
 ]
@@ -216,6 +231,9 @@ DAMAGED = [
     (TOY, "B/config.json: 'heads' is missing", at(B, edit(heads=...))),
     (TOY, "B/config.json: width must be ... not '64'", at(B, edit(width="64"))),
     (TOY, "B/config.json: layers must be ... not True", at(B, edit(layers=True))),
+    (TOY, "B/config.json: layers must be ... at most 1000, not 1000000000", at(B, edit(layers=10**9))),
+    (TOY, f"B/config.json: width must be ... at most 16777216, not {2**63}", at(B, edit(width=2**63))),
+    (TOY, f"B/config.json: vocab_size must be ... not {2**63}", at(B, edit(vocab_size=2**63))),
     (TOY, "B/config.json: shift must be true or false, not 'no'", at(B, edit(shift="no"))),
     (TOY, "B/config.json: rope_theta must be ... not nan", at(B, edit(rope_theta=float("nan")))),
     (TOY, "B/config.json: eos_id must", at(B, edit(eos_id=[]))),
@@ -236,6 +254,8 @@ DAMAGED = [
     # LLaDA and Dream
     (f"{REAL} --members llada=llada dream=nowhere", "nowhere/config.json: missing"),
     (f"{REAL} --members llada=llada dream=gsm8k.jsonl", "gsm8k.jsonl/config.json: missing"),
+    (f"{REAL} --members llada=llada dream=no/where", "--members no/where: no such folder here, and the Hub cannot be"),
+    (f"{REAL} --members llada=llada dream=no--/where", "--members no--/where: no such folder here, and no such model"),
     (f"{REAL} --members llada=llada dream=checkpoints/toy-seed0/A", "toy-seed0/A: tokenizer cannot be used"),
     (REAL, "dream/config.json: missing or damaged ... fetch", at("dream", put("config.json", make=dir))),
     (REAL, "dream/config.json: missing or damaged ... fetch", at("dream", put("config.json", NESTED))),
@@ -245,6 +265,7 @@ DAMAGED = [
     (REAL, "llada/config.json: rope_theta must be ... inf", at("llada", edit(rope_theta=float("inf")))),
     (REAL, "dream/config.json: eos_id ... lies outside", at("dream", edit(eos_token_id=[[1]]))),
     (REAL, "dream/config.json: width must be ... not [32]", at("dream", edit(hidden_size=[32]))),
+    (REAL, f"llada/config.json: max_length must be ... not {2**63}", at("llada", edit(max_sequence_length=2**63))),
     (REAL, "dream/model.safetensors: missing or damaged", at("dream", write("model.safetensors", ""))),
     (REAL, "dream/model.safetensors: missing or damaged", at("dream", put("model.safetensors", make=dir))),
     (REAL, "dream/model.safetensors: missing or damaged", at("dream", cut("model.safetensors", 40_000))),
@@ -272,6 +293,7 @@ DAMAGED = [
     (REAL, "dream: tokenizer cannot be used ... beyond the model's vocabulary", at("dream", edit(vocab_size=355))),
     # questions
     (f"{REAL} --data nowhere", "nowhere: cannot be read"),
+    (f"{REAL} --data /dev/zero", "/dev/zero: cannot be read ... over 67108864 bytes"),
     (f"{REAL} --data dream", "dream: no question for gsm8k; give GSM8K's test.jsonl"),
     (REAL, "gsm8k.jsonl: no question for gsm8k; give GSM8K's test.jsonl", rows()),
     (REAL, "gsm8k.jsonl, line 1: cannot be read, fetch", put("gsm8k.jsonl", b"PK\x03\x04\x00\x00")),
@@ -309,25 +331,40 @@ DAMAGED = [
     (f"{TOY} --out gsm8k.jsonl/deeper", "cannot use --out gsm8k.jsonl/deeper ... give a folder"),
     (f"{TOY} --out {'x' * 300}", "cannot use --out xxx ... give a folder that can be written"),
     (f"{REAL} --out gsm8k.jsonl", "cannot use --out gsm8k.jsonl ... give a folder that can be written"),
-    (f"{TOY} --figure gsm8k.jsonl", "cannot use --figure gsm8k.jsonl ... give a folder that can be written"),
+    (f"{TOY} --figure gsm8k.jsonl", "cannot use --figure gsm8k.jsonl ... mend that"),
     (f"{AGAIN} --interval 5", "results holds results of another config: give another --out"),
-    (f"{AGAIN} --problems 4 --seed 1", "results holds results of another problems, training: give another --out"),
+    (f"{AGAIN} --problems 4 --seed 1", "results holds results of another problems, training, questions: give another --out"),
     (f"{REAL} --out results", "results holds results of another task ... give another --out"),
-    (AGAIN, "results/settings.json is damaged: move", at("results", write("settings.json", ""))),
-    (AGAIN, "results/settings.json is damaged: move", at("results", cut("settings.json", 99))),
-    (AGAIN, "results/settings.json is damaged: move", at("results", put("settings.json", b"\xff"))),
-    (AGAIN, "results/settings.json is damaged: move", at("results", put("settings.json", NESTED))),
-    (AGAIN, "results/settings.json is damaged: move", at("results", write("settings.json", "[]"))),
-    (AGAIN, "results/settings.json is damaged: move", settings(dict.clear)),
-    (AGAIN, "results/settings.json is damaged: move", settings(lambda value: value.update(settings=[]))),
-    (AGAIN, "settings.json", at("results", put("settings.json", make=dir))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", write("settings.json", ""))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", cut("settings.json", 99))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", b"\xff"))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", NESTED))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", write("settings.json", "[]"))),
+    (AGAIN, "results/settings.json is missing or damaged: move", settings(dict.clear)),
+    (AGAIN, "results/settings.json is missing or damaged: move", settings(lambda value: value.update(settings=[]))),
+    (AGAIN, "results/settings.json is missing or damaged: move", settings(lambda value: value.pop("fingerprints"))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", make=dir))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", remove("settings.json"))),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b"[]\n")),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": "1234*5="}\n')),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": ["1234*5="]}\n')),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": "1234*5=", \n')),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b"\x00\xff\n")),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(winner=7))),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(correct=["x", "y"]))),
+    *[(AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(**changes))) for changes in (
+        {"correct": ["x", "y"]}, {"correct": [True]}, {"winner": 2}, {"winner": True}, {"winner": -1}, {"leaders": [2]},
+        {"leaders": 5}, {"tcc": ["x", 0.0]}, {"tcc": []}, {"tcc": {"a": 0.0, "b": 0.0}}, {"tcc": [float("nan"), 0.0]},
+        {"tcc": [float("inf"), 0.0]}, {"tcc": [10**400, 0.0]}, {"top1": [0.5]}, {"scores": [[0.5]]}, {"scores": [["a", "b"]]},
+        {"scores": None}, {"forwards": float("nan")}, {"forwards": "64"}, {"answers": ["a"]}, {"answers": [1, 2]},
+        {"texts": ["a", "b"]}, {"id": 5}, {"id": ["i"]},
+    )],
+    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"tcc": [1e999, 0.0]}\n')),
+    (AGAIN, f"cannot read results/{TIE}: Too many levels of symbolic links; mend that", at("results", loop(TIE))),
+    (AGAIN, f"cannot read results/{OTHER}: Too many levels", at("results", loop(OTHER))),
+    (AGAIN, "results/settings.json is missing or damaged: move", at("results", loop("settings.json"))),
+    (AGAIN, "results holds results of another weights of B: give another --out", at(B, reweighted)),
+    (AGAIN, "results holds results of another questions: give another --out",
+     settings(lambda value: value["fingerprints"].update(questions="0"))),
     (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(NESTED + b"\n")),
     (AGAIN, f"results/{TIE}", at("results", put(TIE, make=dir))),
     (AGAIN, f"cannot write results/{TIE} ... same command goes on", full_disk(f"results/{TIE}", 900, record(b"", 2))),
@@ -344,7 +381,8 @@ def untrained(folder):
     for name in "AB":
         torch.manual_seed(ord(name))
         mdlm.save(train_toy.build(train_toy.Settings()), folder / name)
-        trained = {"settings": asdict(train_toy.Settings()), "name": name, "validation_accuracy": 0.5}
+        trained = {"settings": asdict(train_toy.Settings()), "name": name, "layout": train_toy.LAYOUT,
+                   "validation_accuracy": 0.5}  # fmt: skip
         (folder / name / train_toy.RECORD).write_text(json.dumps(trained))
 
 
@@ -369,7 +407,9 @@ def place(template, tmp_path, monkeypatch):
     shutil.copytree(template, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(train_toy, "_run_workers", lambda jobs, *_: jobs and pytest.fail("training began"))
+    monkeypatch.setattr(train_toy, "workers", lambda count: nullcontext(map))
+    monkeypatch.setattr(train_toy, "_work", lambda job: pytest.fail("training began"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path / "place"
 
 
@@ -427,3 +467,66 @@ def test_bad_input_as_a_command(line, told, damage, place):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, FREE)
     check(done.returncode, done.stdout, done.stderr, line, told, before, contents(place))
+
+
+SHELL = [  # what follows the command, the exit code, and what stderr says
+    ("--out results > /dev/full", 1, "eval.py: cannot write to stdout: No space left ... summary.json has the results"),
+    ("--json | true", 1, "eval.py: cannot write to stdout: Broken pipe"),
+    (">&-", 1, "eval.py: stdout is closed"),
+    ("--json 2>&-", 0, ""),
+    ("--out nowhere/results --steps 0 2>&-", 2, ""),
+]
+
+
+@pytest.mark.parametrize("rest, code, told", SHELL)
+def test_output_that_goes_nowhere(rest, code, told, place):
+    command = f"set -o pipefail; {sys.executable} {ROOT}/eval.py {shlex.join(TOY.split()[1:])} {rest}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    for part in told.split(" ... "):
+        assert part in done.stderr and done.stderr.count("\n") == bool(told)
+    if "--json" in rest and code == 0:
+        assert json.loads(done.stdout)["problems"] == 3
+
+
+@pytest.mark.parametrize(
+    "given", [{"RANK": "abc"}, {"WORLD_SIZE": "0"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"LOCAL_RANK": "x"}]
+)
+def test_processes_that_torchrun_never_starts(given, place, monkeypatch, capsys):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert evaluation.main(shlex.split(REAL)[1:]) == 2
+    assert "in the environment: unset them, or use torchrun" in capsys.readouterr().err
+
+
+def test_a_damaged_file_put_aside_is_not_read(place, capsys):
+    assert evaluation.main(shlex.split(AGAIN)[1:] + ["--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)["rows"]
+    for name in (f"{TIE}.bak", TIE.replace(".jsonl", ".bak.jsonl"), TIE.replace(".0.", ".old.")):
+        (place / "results" / name).write_bytes(b"damaged\n")
+    assert evaluation.main(shlex.split(AGAIN)[1:] + ["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == expected
+
+
+@needs_bwrap
+def test_results_that_cannot_be_written_stay_as_they_are(place):
+    """As with the results of another user."""
+    before = contents(place)
+    line = f"bwrap --dev-bind / / --ro-bind {place}/results {place}/results {sys.executable} {ROOT}/{AGAIN.replace('eval', 'eval.py', 1)}"
+    done = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False)
+    check(done.returncode, done.stdout, done.stderr, "eval", "cannot use --out results ... give a folder", before, contents(place))
+
+
+@pytest.mark.parametrize("change", [
+    lambda record: record.pop("validation_accuracy"), lambda record: record.update(validation_accuracy="0.5"),
+    lambda record: record.pop("settings"), lambda record: record.update(settings=[]), lambda record: record.pop("name"),
+    lambda record: record["settings"].update(steps="x"), lambda record: record.update(validation_accuracy=float("nan")),
+])  # fmt: skip
+def test_a_training_record_that_is_damaged_is_none(change, place):
+    """Its member is trained again, as one that was not completed."""
+    file = place / B / train_toy.RECORD
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        evaluation.main(shlex.split(TOY)[1:])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     methods = [(row["method"], row["score"]) for row in table["rows"]]
     assert methods[:4] == [("member A", None), ("member B", None), ("oracle", None), ("post-generation", None)]
     assert methods[4:] == [("tie", score) for score in tie.SCORES]
-    T, M, rounds = 38, 2, 9
+    T, M, rounds = 32, 2, 15
     expected = [T, T, M * T, M * T, M * T] + [M * T + rounds * M * (M - 1)] * 3
     assert [row["forwards"] for row in table["rows"]] == expected
     assert all(0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1 for row in table["rows"])
@@ -63,7 +65,7 @@ def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
     assert len(files) == 5
     for rows in files.values():
         assert len({row["id"] for row in rows}) == len(rows) == 6
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 4
+    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 2
 
 
 def test_an_interrupted_run_goes_on(checkpoints, tmp_path, here, capsys):
@@ -91,9 +93,9 @@ def test_the_table_names_every_method(checkpoints, here, capsys):
 def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys):
     assert run("--checkpoints", checkpoints, "--trace", 2) == 0
     out = capsys.readouterr().out
-    assert out.count("round 1, step 4") == 2 and out.count("round 10, step 38") == 2
-    assert out.count("relayed to all") == 18
-    assert "_" * 28 in out and out.count("answer ") == 2
+    assert out.count("round 1, step 2") == 2 and out.count("round 16, step 32") == 2
+    assert out.count("relayed to all") == 30
+    assert "__ __ __ " in out and out.count("answer ") == 2
 
 
 # --- figures of merit -----------------------------------------------------------------------------------
@@ -108,23 +110,50 @@ def test_wilson_interval_holds_the_accuracies_not_rejected_at_five_percent(corre
         assert inside == (low <= q <= high) or min(abs(q - low), abs(q - high)) < 1e-6
 
 
-def test_paired_difference_and_its_interval():
+def method(correct):
+    return evaluation.Method(np.array(correct), 1.0)
+
+
+def test_a_difference_and_its_interval():
     rng = np.random.default_rng(1)
     a, b = rng.random(400) < 0.8, rng.random(400) < 0.7
-    result = evaluation.paired("a - b", a, b)
-    difference = a.astype(float) - b
-    resampled = [rng.choice(difference, 400).mean() for _ in range(4000)]
+    result = evaluation.difference("a - b", method(a), method(b))
+    each = a.astype(float) - b
+    resampled = [rng.choice(each, 400).mean() for _ in range(4000)]
     assert result["difference"] == pytest.approx(a.mean() - b.mean())
     assert result["ci95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.006)
 
 
+def record(leaders=(), correct=(True, False), answers=("x", "y"), tcc=(0.0, 1.0), winner=0, **more):
+    return {"id": "i", "gold": "x", "answers": [*answers], "correct": [*correct], "texts": [["", ""]] * len(correct),
+            "winner": winner, "leaders": [*leaders], "tcc": [*tcc], "forwards": 64.0, "scores": [],
+            "top1": [0.5] * len(correct), **more}  # fmt: skip
+
+
 def test_change_rate_counts_relays_that_follow_a_relay():
-    rows = [{"leaders": [0, 0, 1]}, {"leaders": [1, 1]}, {"leaders": [0]}, {"leaders": []}]
-    assert evaluation.change_rate(rows) == pytest.approx(1 / 3)
-    assert evaluation.change_rate(rows[2:]) is None
+    rows = [record([0, 0, 1]), record([1, 1]), record([0]), record()]
+    assert evaluation.Run(rows, "AB").change_rate == pytest.approx(1 / 3)
+    assert evaluation.Run(rows[2:], "AB").change_rate is None
+
+
+@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 2)), min_size=1, max_size=5), st.data())
+def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_count(samples, data):
+    count = data.draw(st.integers(1, len(samples)))
+    answers, tcc = zip(*samples)
+    tally = Counter(answers[:count])
+    ranked = sorted((-tally[a], t, m) for m, (a, t) in enumerate(samples[:count]))
+    voted = evaluation.Run([record((), [a == "x" for a in answers], answers, tcc)], "ABCDE"[: len(samples)]).vote(count)
+    assert voted.correct.tolist() == [answers[ranked[0][2]] == "x"]
+    assert voted.forwards == pytest.approx(64 * count / len(samples))
+
+
+def test_most_selected_among_equals_is_the_winner():
+    for leaders, right in (([0, 1], False), ([], False), ([0, 0, 1], True), ([1, 0, 1], False)):
+        assert evaluation.Run([record(leaders, winner=1)], "AB").most_selected.correct.tolist() == [right]
 
 
 def test_help_has_a_line_for_every_option():
     text = command("--help").stdout
-    for option in ("--problems", "--seed", "--interval", "--trace", "--json", "--out"):
-        assert option in text
+    source = (ROOT / "eval.py").read_text()
+    options = re.findall(r'^    (?:add|toy|real)\("(--[a-z-]+)"', source, re.MULTILINE)
+    assert len(options) > 20 and all(re.search(rf"^  {option}\b.*\n? +\S", text, re.MULTILINE) for option in options)

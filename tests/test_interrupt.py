@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from test_bad_input import untrained
+from test_benchmarks import children
 
 import eval as evaluation
 import train_toy
@@ -33,11 +34,11 @@ COMMANDS = {  # arguments, and what is on disk as soon as the work begins
 PATIENCE = 120  # seconds, for a command that was told to end
 
 
-def begin(program, folder):
+def begin(program, folder, *more):
     """The command, at work; in a process group of its own, as a shell starts it."""
     arguments, sign = COMMANDS[program]
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may ignore it
-    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", *arguments.split(), "--out", folder],
+    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", *arguments.split(), *more, "--out", folder],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)  # fmt: skip
     signal.signal(signal.SIGINT, handler)
@@ -124,3 +125,33 @@ def test_interrupted_it_goes_on_to_the_same_end(program, sent, moment, undisturb
     main = {"eval": evaluation.main, "train_toy": train_toy.main}[program]
     assert main([*COMMANDS[program][0].split(), "--out", str(tmp_path / "out")]) == 0
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
+@pytest.mark.parametrize("program", COMMANDS)
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, share):
+    start = time.monotonic()
+    subprocess.run([sys.executable, ROOT / f"{program}.py", "--help"], stdout=subprocess.DEVNULL, check=True)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    begun = time.monotonic()
+    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", "--help"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    signal.signal(signal.SIGINT, handler)
+    time.sleep(0.1 + share * max(0, begun - start - 0.3))  # Python itself is there after the first tenth
+    os.killpg(process.pid, signal.SIGINT)
+    code, err = end(process, PATIENCE)
+    assert err == "" and code in (-signal.SIGINT, 130, 0)
+
+
+def test_a_killed_worker_ends_the_command_with_one_line(undisturbed, tmp_path):
+    """As when memory ran out: exit code 1, no process is left, and nothing that was written is lost."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core: no worker")
+    process = begin("eval", tmp_path / "out", "--problems", "500")
+    while process.poll() is None and not any((tmp_path / "out").glob("*.jsonl")):
+        time.sleep(0.005)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    code, err = end(process, PATIENCE)
+    assert code == 1 and err.count("\n") == 1 and "a process ended before its work was done" in err
+    for file in (tmp_path / "out").glob("*.jsonl"):
+        assert all(json.loads(line)["id"] for line in file.read_text().splitlines())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,98 @@ def test_members_alone_and_post_generation(folders, data, capsys):
     assert evaluation.main(arguments(folders, data, "--limit", 2, "--interval", 256)) == 0
     out = capsys.readouterr().out
     assert "post-generation" in out and "oracle" in out and "80.29" in out
+
+
+def test_other_questions_or_weights_are_other_results(folders, data, tmp_path, capsys):
+    """Under the same names and paths; also in the last bytes of a large file."""
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+    own = shutil.copy(data, tmp_path / "own.jsonl")
+    line = arguments(copies, own, "--limit", 2, "--out", tmp_path / "out")
+    assert evaluation.main(line) == 0
+    text = Path(own).read_text()
+    for changed in (text.replace("Tom", "Tim"), text.replace("#### ", "#### 1")):
+        Path(own).write_text(changed)
+        assert evaluation.main(line) == 2 and "another questions: give another --out" in capsys.readouterr().err
+    Path(own).write_text(text)
+    file = copies["dream"] / "model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {HEADS["dream"][1]: weights[HEADS["dream"][1]] + 1e-6}, file)
+    assert evaluation.main(line) == 2 and "another weights of dream: give another --out" in capsys.readouterr().err
+    save_file(weights, file)
+    (copies["dream"] / "README.md").write_text("not read")
+    assert evaluation.main(line) == 0
+
+
+def test_a_fingerprint_is_of_names_sizes_heads_and_tails(tmp_path):
+    size, part, file = 3 * 2**20, 2**20, tmp_path / "a.safetensors"
+
+    def fingerprint(content):
+        file.write_bytes(content)
+        return evaluation.fingerprint(tmp_path)
+
+    first = fingerprint(bytes(size))
+    for place, seen in ((0, 1), (part - 1, 1), (part, 0), (size - part - 1, 0), (size - part, 1), (size - 1, 1)):
+        assert (fingerprint(bytes(place) + b"x" + bytes(size - place - 1)) != first) == bool(seen)
+    assert fingerprint(bytes(size + 1)) != first == fingerprint(bytes(size))
+    (tmp_path / "generation_config.json").write_text("not read")
+    assert evaluation.fingerprint(tmp_path) == first
+    file.rename(tmp_path / "b.safetensors")
+    assert evaluation.fingerprint(tmp_path) != first
+
+
+@pytest.fixture
+def hub(folders, tmp_path, monkeypatch):
+    """A cache of the Hub, as huggingface_hub keeps it, that holds TIE-org/tiny-dream; and no network."""
+    from huggingface_hub import constants
+
+    cached, commit = tmp_path / "hub" / "models--TIE-org--tiny-dream", "0" * 40
+    shutil.copytree(folders["dream"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cached / "snapshots" / commit
+
+
+def test_a_member_by_its_name_on_the_hub(hub, folders, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.member_folder("TIE-org/tiny-dream") == hub
+    line = arguments({**folders, "dream": "TIE-org/tiny-dream"}, data, "--limit", 2, "--json")
+    assert evaluation.main(line) == 0
+    by_name = json.loads(capsys.readouterr().out)
+    assert by_name["settings"]["members"]["dream"] == "TIE-org/tiny-dream"
+    assert evaluation.main(arguments(folders, data, "--limit", 2, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == by_name["rows"]
+    Path("TIE-org").mkdir()
+    shutil.copytree(folders["llada"], "TIE-org/tiny-dream")  # a folder here comes first
+    assert evaluation.member_folder("TIE-org/tiny-dream") == Path("TIE-org/tiny-dream")
+
+
+def test_only_what_is_read_is_fetched_and_each_failure_is_one_line(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **more: asked.append((args, more)) or "there")
+    assert evaluation.member_folder("org/name") == Path("there")
+    [(args, more)] = asked
+    assert args == ("org/name",) and {*more} == {"allow_patterns"}
+    names = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+             "tokenizer_config.json", "vocab.json", "merges.txt", "modeling_llada.py", "pytorch_model.bin", "a/x.safetensors"]
+    assert [*huggingface_hub.utils.filter_repo_objects(names, **more)][:7] == names[:7]
+    assert not {"modeling_llada.py", "pytorch_model.bin"} & {*huggingface_hub.utils.filter_repo_objects(names, **more)}
+    response = SimpleNamespace(headers={}, request=None, status_code=403)
+    for kind, words in ((errors.GatedRepoError, "accept their terms"), (errors.RepositoryNotFoundError, "no such model"),
+                        (errors.LocalEntryNotFoundError, "cannot be reached"), (OSError, "cannot be reached")):
+        error = kind("first line\nsecond") if kind in (OSError, errors.LocalEntryNotFoundError) else kind("x", response=response)
+
+        def fail(*args, error=error, **more):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(ValueError, match=f"--members org/name: .*{words}") as caught:
+            evaluation.member_folder("org/name")
+        assert "\n" not in str(caught.value)
 
 
 def test_models_of_one_vocabulary_share_a_codec(folders):

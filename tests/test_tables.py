@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,55 +20,58 @@ import tie
 import train_toy
 
 PROBLEMS = 9
-REASONING = slice(train_toy.PROMPT_LENGTH, train_toy.PROMPT_LENGTH + train_toy.REASONING_LENGTH)
+V, HALF = len(train_toy.VOCABULARY), train_toy.LAYOUT["products"] // 2
 
 
 @cache
 def targets(name, prompt):
     """What a fake member wants to say, (2, L): right where it knows the problem, and with help in any case. By chance
     each misses about a third of all problems."""
-    right = torch.tensor(train_toy.sequence(train_toy.Problem(int(prompt[:4]), int(prompt[5]))))  # (L,)
+    right = torch.tensor(train_toy.Problem(*map(int, prompt.replace(" ", "")[:-1].split("*"))).sequence)  # (L,)
     known = zlib.crc32(f"{name}{prompt}".encode()) % 3 > 0
     return torch.stack([right if known else torch.where(right < 10, (right + 1) % 10, right), right])
 
 
 def fake_denoiser(name):
-    """Finding the first column right in the reasoning is help. Noise depends on the state, so that top-1 tokens change
-    and members disagree; it matters less as decoding goes on."""
-    weights = torch.randn(train_toy.LENGTH, 17, generator=torch.Generator().manual_seed(sum(map(ord, name))))  # (L, V)
+    """Finding the first products right in the reasoning is help. Noise depends on the state, so that top-1 tokens
+    change and members disagree; it matters less as decoding goes on."""
+    weights = torch.randn(train_toy.LENGTH, V, generator=torch.Generator().manual_seed(sum(map(ord, name))))  # (L, V)
 
     def denoise(tokens, positions, attention_mask):
         own = torch.stack([targets(name, train_toy.decode(row[: train_toy.PROMPT_LENGTH])) for row in tokens.tolist()])
-        start = REASONING.start
-        helped = (tokens[:, start : start + 8] == own[:, 1, start : start + 8]).all(1)  # (B,)
+        start = train_toy.PROMPT_LENGTH
+        helped = (tokens[:, start : start + HALF] == own[:, 1, start : start + HALF]).all(1)  # (B,)
         target = own[torch.arange(len(own)), helped.long()].gather(1, positions)  # (B, K)
         step = (tokens != train_toy.MASK).sum(1)[:, None, None]  # (B, 1, 1)
         noise = 3.2 * torch.sin(weights[positions] * step + tokens.sum(1)[:, None, None])  # (B, K, V)
-        return noise + (2.0 + step / 12) * torch.nn.functional.one_hot(target, 17)
+        noise[..., train_toy.MASK] = -30  # no member says the mask itself
+        return noise + (2.0 + step / 12) * torch.nn.functional.one_hot(target, V)
 
     return denoise
 
 
 def fake_member(job, name, place=0):
-    factor, denoise = dict(job.factors).get(name, 1), fake_denoiser(name)
-    scaled = evaluation.sampling(denoise, job.temperature, place) if job.temperature else denoise
-    return tie.Member(lambda *inputs: factor * scaled(*inputs), train_toy.MASK, train_toy.EOS, name)
+    denoise = fake_denoiser(name)
+    sampler = evaluation.sampling(denoise, job.temperature, place) if job.temperature else denoise
+    return tie.Member(sampler, train_toy.MASK, train_toy.EOS, name)
 
 
 @pytest.fixture
 def fakes(monkeypatch):
     """Fake members that need no training, in this process; gives the jobs that were decoded."""
-    jobs = []
-    original = evaluation.decode_job
+    jobs, original = [], evaluation.decode_job
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(evaluation, "toy_member", fake_member)
-    monkeypatch.setattr(train_toy, "train_members", lambda *_, **__: [{"validation_accuracy": x} for x in (0.6, 0.7)])
+    monkeypatch.setattr(evaluation.Job, "member", fake_member)
+    monkeypatch.setattr(
+        train_toy, "train_members",
+        lambda plan, *_: [{"validation_accuracy": {"A": 0.6, "B": 0.7}.get(name, 0)} for name in plan],
+    )  # fmt: skip
     monkeypatch.setattr(evaluation, "decode_job", lambda job: [jobs.append(job), original(job)][1])
     return jobs
 
 
 def run(*arguments):
-    settings = ["--problems", PROBLEMS, "--batch-size", 5, "--interval", 8, "--block-size", 8]
+    settings = ["--problems", PROBLEMS, "--batch-size", 5, "--interval", 4, "--block-size", 8]
     return evaluation.main([*map(str, [*settings, *arguments])])
 
 
@@ -76,25 +80,26 @@ def tables(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def cell(table, row, column):
+def cell(table, row, column="accuracy"):
     [found] = [c for c in table["cells"] if c["row"] == row and c["column"] == column]
     return found
 
 
 def job(**fields):
-    problems = tuple(train_toy.problems("test", PROBLEMS, seed=0))
-    return replace(evaluation.ToyJob("", ("A", "B"), tie.Config(interval=8, block_size=8), problems), **fields)
+    plain = evaluation.Job(
+        Path(), ("A", "B"), tie.Config(interval=4, block_size=8), tuple(train_toy.problems("test", PROBLEMS)), "cpu", None
+    )
+    return replace(plain, **fields)
 
 
-def oracle(**config):
+def oracle(names=("A", "B"), **config):
     """Result of the algorithm itself, and each candidate's correctness (problems, M)."""
-    own = job(factors=config.pop("factors", ()), names=config.pop("names", ("A", "B")))
-    problems = own.problems
-    canvas = evaluation.toy_canvas([p.prompt for p in problems])
-    members = [fake_member(own, name) for name in own.names]
-    result = tie.ensemble(members, [canvas] * len(members), tie.Config(**{"interval": 8, "block_size": 8, **config}))
+    own = job(names=names)
+    canvas = train_toy.canvas([p.prompt for p in own.problems])
+    members = [fake_member(own, name) for name in names]
+    result = tie.ensemble(members, [canvas] * len(members), replace(own.config, **config))
     right = [[train_toy.decode(c.tokens[b, c.answer].tolist()) == p.answer for c in result.candidates]
-             for b, p in enumerate(problems)]  # fmt: skip
+             for b, p in enumerate(own.problems)]  # fmt: skip
     return result, np.array(right)
 
 
@@ -103,7 +108,7 @@ def winners(**config):
     return right[np.arange(PROBLEMS), result.winner.numpy()].mean()
 
 
-# --- verdicts and estimates -------------------------------------------------------------------------------
+# --- verdicts, estimates, the mean over seeds -------------------------------------------------------------
 
 intervals = st.lists(
     st.none() | st.tuples(st.sampled_from([-2, -1, 0, 1, 2]), st.integers(0, 3)).map(lambda t: [t[0], t[0] + t[1]]),
@@ -115,8 +120,7 @@ intervals = st.lists(
 def test_a_verdict_is_undecided_where_an_interval_holds_zero(cis):
     said = evaluation.verdict([{"ci95": ci} for ci in cis])
     signs = ["?" if ci is None or ci[0] <= 0 <= ci[1] else "+" if ci[0] > 0 else "-" for ci in cis]
-    expected = "does not hold" if "-" in signs else "undecided" if "?" in signs else "holds"
-    assert said == expected
+    assert said == ("does not hold" if "-" in signs else "undecided" if "?" in signs else "holds")
 
 
 def test_estimates_resample_each_group_by_itself():
@@ -129,222 +133,197 @@ def test_estimates_resample_each_group_by_itself():
     assert evaluation.estimate(np.mean, np.array([])) == {"value": None, "ci95": None}
 
 
-# --- tables of hand-made records ---------------------------------------------------------------------------
+def test_the_average_over_seeds_is_mean_spread_and_counts():
+    def table(value, low):
+        comparisons = [{"name": "x", "difference": value, "ci95": [low, 9]}]
+        rows = {"r": {"c": {"value": value, "ci95": None, "forwards": 2 * (value or 0)}}}
+        return evaluation.Table("t", rows, {"k": comparisons}, {"p": (5.0,)})
 
-
-def toy(records, best=0):
-    return evaluation.Toy(("A", "B"), best, {"9": (("B", 4.0),)}, records)
-
-
-def test_table_1_separates_correct_from_incorrect_answers_of_each_member():
-    records = [{"correct": [c, not c], "tcc": [t, 10 * t]} for c, t in ((True, 1), (True, 3), (False, 8), (False, 6))]
-    table = evaluation.paper_table("1", toy({evaluation.PLAIN: records}))
-    values = {(c["row"], c["column"]): (c["value"], c["n"]) for c in table["cells"]}
-    assert values == {("member A", "correct"): (2, 2), ("member A", "incorrect"): (7, 2),
-                      ("member B", "correct"): (70, 2), ("member B", "incorrect"): (20, 2)}  # fmt: skip
-    [claim] = table["claims"]
-    assert [c["difference"] for c in claim["comparisons"]] == [5, -50]
-    assert claim["verdict"] == "does not hold"
-
-
-def test_table_2_compares_correction_rates_with_one_half():
-    right = {"member A restarted at 33 %": 40 * [True], "member A restarted at 50 %": 30 * [True] + 10 * [False],
-             "member B restarted at 33 %": 35 * [True], "member B restarted at 50 %": []}  # fmt: skip
-    records = {name: [{"correct": [r], "winner": 0, "forwards": 38.0} for r in own] for name, own in right.items()}
-    table = evaluation.paper_table("2", toy(records))
-    assert cell(table, "member A", "first 50 %")["value"] == 0.75
-    wilson = evaluation.accuracy(right["member A restarted at 50 %"])["ci95"]
-    second = table["claims"][0]["comparisons"][1]
-    assert second["difference"] == 0.25 and second["ci95"] == pytest.approx([x - 0.5 for x in wilson])
-    assert cell(table, "member B", "first 50 %")["value"] is None and table["claims"][0]["verdict"] == "undecided"
-
-
-def test_table_5_counts_relays_that_follow_a_relay():
-    leaders = [[0, 0, 1], [1, 1], [0], []]
-    table = evaluation.paper_table("5", toy({name: [{"leaders": x} for x in leaders] for name in evaluation.METHODS}))
-    assert [(c["value"], c["n"]) for c in table["cells"]] == [(pytest.approx(1 / 3), 3)] * 4
-    assert all(c["ci95"] == [0, 0.5] for c in table["cells"])  # of the two problems with such relays
-
-
-def test_over_seeds_gives_mean_spread_and_counts():
-    def table(value, verdict):
-        comparison = {"name": "x", "difference": value, "ci95": [0, 1]}
-        own = {"row": "r", "column": "c", "value": value, "forwards": 2 * (value or 0)}
-        return {"title": "t", "factors": {"A": value}, "paper": [], "cells": [own],
-                "claims": [{"claim": "k", "verdict": verdict, "comparisons": [comparison]}]}  # fmt: skip
-
-    of_seeds = [(1.0, "holds"), (2.0, "undecided"), (None, "holds"), (6.0, "holds")]
-    joined = evaluation.over_seeds([table(*own) for own in of_seeds])
-    [own] = joined["cells"]
+    mean = evaluation.average([table(*own) for own in [(1.0, 1), (2.0, 0), (None, 1), (6.0, 1)]])
+    [own], [claim], [paper] = mean.cells, mean.claims, mean.paper
     assert own["value"] == 3.0 and own["sd"] == pytest.approx(np.std([1, 2, 6], ddof=1))
-    assert own["values"] == [1.0, 2.0, None, 6.0] == joined["factors"]["A"]
-    [claim] = joined["claims"]
+    assert own["values"] == [1.0, 2.0, None, 6.0] and own["forwards"] == 4.5
     assert claim["verdict"] == "holds with 3 of 4 seeds, undecided with 1 of 4 seeds"
-    assert claim["comparisons"][0]["difference"] == 3.0 and own["forwards"] == 4.5
+    assert claim["comparisons"][0]["difference"] == 3.0
+    assert paper == {"row": "paper, p", "column": "c", "value": 5.0}
 
 
-# --- runs: sharpened logits, restarts ------------------------------------------------------------------------
+# --- runs: restarts, samples, members ---------------------------------------------------------------------
 
 
-def test_overconfident_multiplies_the_logits_of_that_member_alone(tmp_path):
-    for member, name in enumerate("AB"):
-        torch.manual_seed(member)
-        evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / name)
-    own = job(folder=str(tmp_path))
-    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
-    plain = [member.denoise(*inputs) for member in evaluation.toy_setup(own).members]
-    sharp = [member.denoise(*inputs) for member in evaluation.toy_setup(replace(own, factors=(("B", 3.0),))).members]
-    assert torch.equal(sharp[0], plain[0]) and torch.allclose(sharp[1], 3 * plain[1])
-    assert not torch.allclose(plain[0], plain[1])
+def alone(name, prompt, steps):
+    """Tokens (L,) and masks (L,) of a member after so many steps in blocks of 8, one token a step."""
+    canvas, member = train_toy.canvas([prompt]), fake_member(job(), name)
+    tokens, masked = canvas.tokens[0].clone(), canvas.masked[0].clone()
+    for _ in range(steps):
+        logits = member.denoise(tokens.masked_fill(masked, train_toy.MASK)[None], torch.arange(len(tokens))[None], None)[0]
+        probability = logits.softmax(-1)  # (L, V)
+        probability[:, train_toy.MASK] = -1
+        first = int(masked.nonzero()[0])
+        region = canvas.reasoning if first < canvas.reasoning.stop else canvas.answer
+        start = first - (first - region.start) % 8
+        open_ = [i for i in range(start, min(start + 8, region.stop)) if masked[i]]
+        i = max(open_, key=lambda i: float(probability[i].max()))
+        tokens[i], masked[i] = probability[i].argmax(), False
+    return tokens, masked
+
+
+@pytest.mark.parametrize("steps", [5, 24])
+def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps):
+    own = job(names=("A",), restart=("B", steps))
+    [start] = own.setup().canvases(own.questions())
+    assert (start.masked.sum(1) == evaluation.T - steps).all()
+    for b, (problem, record) in enumerate(zip(own.problems, evaluation.decode_job(own))):
+        tokens, masked = alone("B", problem.prompt, steps)
+        assert torch.equal(start.masked[b], masked) and torch.equal(start.tokens[b][~masked], tokens[~masked])
+        [[reasoning, _]] = record["texts"]  # up to the first EOS
+        said = train_toy.decode(tokens[start.reasoning].tolist())
+        assert all(masked[start.reasoning][i] or said[i] == reasoning[i] for i in range(min(len(said), len(reasoning))))
+
+
+def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fakes, capsys):
+    found = tables(capsys, "--table", 2)["tables"]["2"]
+    _, right = oracle(interval=evaluation.T)
+    for r, (receiver, sender) in enumerate(("AB", "BA")):
+        failed = {p for p, row in zip(job().problems, right) if row[1 - r] and not row[r]}
+        assert failed
+        for start, steps in {"first 33 %": 11, "first 50 %": 16, "all reasoning": 24}.items():
+            jobs = [own for own in fakes if (own.names, own.restart) == ((receiver,), (sender, steps))]
+            assert {p for own in jobs for p in own.problems} == failed
+            assert cell(found, f"member {receiver}", start)["n"] == len(failed)
+            value = np.mean([r["correct"][0] for own in jobs for r in evaluation.decode_job(own)])
+            assert cell(found, f"member {receiver}", start)["value"] == value
+    wilson = [cell(found, f"member {name}", "first 50 %") for name in "AB"]
+    for c, comparison in zip(wilson, found["claims"][0]["comparisons"]):
+        assert comparison["difference"] == pytest.approx(c["value"] - 0.5)
+        assert comparison["ci95"] == pytest.approx([x - 0.5 for x in c["ci95"]])
+
+
+def test_a_cell_without_problems_has_no_value(fakes):
+    own = evaluation.cell(evaluation.Run([], ["A"]))
+    assert own == {"value": None, "ci95": None, "n": 0, "forwards": None}
+    assert evaluation.Table("t", {"r": evaluation.Run([], ["A"])}, {"c": [evaluation.excess("x", own, 0.5)]}).claims == [
+        {"claim": "c", "verdict": "undecided", "comparisons": [{"name": "x", "difference": None, "ci95": None}]}
+    ]
+
+
+def test_samples_follow_the_softmax_at_their_temperature():
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    noisy, again, other = (
+        evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed)
+        for seed in (0, 0, 1)
+    )
+    drawn = noisy(None, torch.zeros(1, 40_000, dtype=torch.long), None).argmax(-1)
+    shares = torch.bincount(drawn[0], minlength=4) / 40_000
+    assert torch.allclose(shares, (logits / 0.7).softmax(-1), atol=0.01)
+    drawn = [sampler(None, torch.zeros(1, 50, dtype=torch.long), None) for sampler in (noisy, again, other)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])  # noisy has drawn before
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_members_are_of_the_dtype_asked_for(tmp_path, dtype):
     evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / "A")
-    own = job(folder=str(tmp_path), names=("A",), dtype=dtype)
-    inputs = evaluation.toy_canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
-    assert evaluation.toy_setup(own).members[0].denoise(*inputs).dtype == getattr(torch, dtype or "float32")
+    own = job(folder=tmp_path, names=("A",), dtype=dtype)
+    inputs = train_toy.canvas([p.prompt for p in own.problems]).tokens, torch.arange(5).expand(PROBLEMS, 5), None
+    assert own.member("A").denoise(*inputs).dtype == getattr(torch, dtype or "float32")
 
 
-@pytest.mark.parametrize("steps", [13, 19])
-def test_a_restart_begins_at_the_others_state_and_keeps_its_tokens(fakes, steps):
-    own = job(names=("A",), restart=("B", steps))
-    [start] = evaluation.toy_setup(own).canvases([evaluation.Question("", p.prompt, "") for p in own.problems])
-    member, state = fake_member(own, "B"), evaluation.toy_canvas([p.prompt for p in own.problems])
-    for _ in range(steps):
-        state = tie.commit(state, tie.read(member, state, tie.block_ends(state, 8), own.config), own.config)
-    assert torch.equal(start.masked, state.masked)
-    assert torch.equal(start.tokens[~start.masked], state.tokens[~state.masked])
-    assert (start.masked.sum(1) == 38 - steps).all()
-    kept = "".join(train_toy.VOCABULARY[i] for i in state.tokens[0, REASONING][:8].tolist())
-    assert evaluation.decode_questions(
-        evaluation.toy_setup(own), own.config, [evaluation.Question("", own.problems[0].prompt, "")]
-    )[0]["texts"][0][0].startswith(kept)  # fmt: skip
-
-
-def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fakes):
-    _, right = oracle(interval=38)
-    alone = [{"correct": row.tolist()} for row in right]
-    runs = evaluation.restarts(job(), alone)
-    assert len(runs) == 4
-    for name, own in runs.items():
-        receiver, share = name.split()[1], int(name.split()[4])
-        r = "AB".index(receiver)
-        assert own.names == (receiver,) and own.restart == ("BA"[r], {33: 13, 50: 19}[share])
-        assert list(own.problems) == [p for p, row in zip(job().problems, right) if row[1 - r] and not row[r]] != []
+def test_sampling_copies_of_a_member_differ(tmp_path):
+    evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / "A")
+    own = job(folder=tmp_path, names=("A", "A"), temperature=0.5, config=tie.Config(interval=evaluation.T))
+    texts = [record["texts"] for record in evaluation.decode_job(own)]
+    assert all(first != second for first, second in texts)
+    assert [record["texts"] for record in evaluation.decode_job(own)] == texts
 
 
 # --- the command on fake members -----------------------------------------------------------------------------
 
 
 def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
-    found = tables(capsys, "--table", "all", "--overconfident", "A=5")["tables"]
+    result = tables(capsys, "--table", "all")
+    found = result["tables"]
     assert list(found) == ["1", "2", "3", "5", "6", "7", "8", "9", "10"]
-    names = evaluation.METHODS[2:]
-    for n in (4, 8, 16):
-        assert cell(found["6"], f"n = {n}, paper {2 * n}", "accuracy")["value"] == winners(interval=n)
+    T, TCC = evaluation.T, evaluation.TCC
+    alone = oracle(interval=T)[1]
+    none = ~alone.any(1)
+    for score in tie.SCORES:
+        own, right = oracle(score=score)
+        correct = right[np.arange(PROBLEMS), own.winner.numpy()]
+        assert cell(found["3"], f"tie {score}")["value"] == correct.mean()
+        pairs = [(a != b) for row in own.leaders.T.tolist() for a, b in pairwise(row)]
+        rate = cell(found["5"], f"tie {score}", "change rate")
+        assert (rate["value"], rate["n"]) == (pytest.approx(np.mean(pairs)), len(pairs)) and rate["ci95"][0] < rate["value"]
+        [row] = [row for row in result["rows"] if row["score"] == score]
+        assert row["change_rate"] == pytest.approx(np.mean(pairs)) and row["forwards"] == pytest.approx(own.forwards)
+        assert row["none_alone"] == {"value": correct[none].mean() if none.any() else None, "n": none.sum()}
+    for n in (2, 4, 8):
+        assert cell(found["6"], f"n = {n}, paper {4 * n}")["value"] == winners(interval=n)
     for column, normalize in (("without", False), ("with", True)):
-        assert cell(found["8"], evaluation.TCC, column)["value"] == winners(normalize=normalize)
-    for suffix, sharp in (("", ()), (" overconfident", (("A", 5.0),))):
-        for name, (column, cross) in [(n, c) for n in names for c in (("source-only", False), ("cross-model", True))]:
-            expected = winners(score=name[4:], cross_model=cross, factors=sharp)
-            assert cell(found["9"], name + suffix, column)["value"] == expected
+        assert cell(found["8"], TCC, column)["value"] == winners(normalize=normalize)
+    for score in tie.SCORES[1:]:
+        for column, cross in (("source-only", False), ("cross-model", True)):
+            assert cell(found["9"], f"tie {score}", column)["value"] == winners(score=score, cross_model=cross)
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
-        result, right = oracle(interval=38, **config)
+        own, right = oracle(interval=T, **config)
         assert cell(found["7"], "member B", speed)["value"] == right[:, 1].mean()
-        assert cell(found["7"], "member B", speed)["forwards"] == pytest.approx(result.forwards / 2)
-        assert cell(found["7"], evaluation.TCC, speed)["value"] == winners(**config)
-        assert cell(found["7"], "post-generation", speed)["forwards"] == pytest.approx(result.forwards)
+        assert cell(found["7"], "member B", speed)["forwards"] == pytest.approx(own.forwards / 2)
+        assert cell(found["7"], TCC, speed)["value"] == winners(**config)
+        assert cell(found["7"], "post-generation", speed)["forwards"] == pytest.approx(own.forwards)
     chosen = {"lowest C~": {}, "most selected": {"selection": "most_selected"},
               "best model": {"selection": "best_model", "best_model": 1}}  # fmt: skip
     for column, config in chosen.items():
-        assert cell(found["10"], evaluation.TCC, column)["value"] == winners(**config)
-    _, alone = oracle(interval=38)
-    counts = oracle(interval=38, normalize=False)[0].tcc.numpy()
-    assert cell(found["1"], "member A", "correct")["value"] == pytest.approx(counts[0][alone[:, 0]].mean())
+        assert cell(found["10"], TCC, column)["value"] == winners(**config)
+    counts = oracle(interval=T, normalize=False)[0].tcc.numpy()
+    for m, name in enumerate("AB"):
+        means = [counts[m][alone[:, m] == right].mean() for right in (True, False)]
+        assert [c["value"] for c in found["1"]["cells"][2 * m : 2 * m + 2]] == pytest.approx(means)
+        assert found["1"]["claims"][0]["comparisons"][m]["difference"] == pytest.approx(means[1] - means[0])
+    assert {"name": f"tie {tie.SCORES[0]} - best member", "difference": pytest.approx(
+        winners() - alone.mean(0).max())}.items() <= result["comparisons"][1].items()  # fmt: skip
     values = {c["value"] for number in ("6", "7", "8", "9", "10") for c in found[number]["cells"]}
-    assert len(values) > 2  # the fakes tell methods apart
+    assert len(values) > 2 and none.any()  # the fakes tell methods apart
+    assert max(Counter(fakes).values()) == 1  # equal settings are one run
 
 
-def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "calibrated", lambda job, name: (name, {"B": 0.5, "A-weak": 3.0}[name]))
-    found = tables(capsys, "--table", "own")["tables"]
-    assert list(found) == ["members", "cost", "history", "unequal"]
-    history, logit = evaluation.HISTORY, evaluation.LOGIT
+def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
+    found, T = tables(capsys, "--table", "own")["tables"], evaluation.T
+    assert list(found) == ["members", "cost", "unequal"]
     for m in range(1, 5):
-        names = ("A", "B", "C", "D")[:m]
-        result, right = oracle(names=names, interval=38)
+        names = tuple("ABCD"[:m])
+        result, right = oracle(names, interval=T)
         for column, value in (("best member", right.mean(0).max()), ("oracle", right.any(1).mean()),
-                              ("post-generation", winners(names=names, interval=38)), ("TIE", winners(names=names))):
+                              ("post-generation", winners(names=names, interval=T)), ("TIE", winners(names=names))):
             assert cell(found["members"], f"M = {m}", column)["value"] == value
         for column, share in (("best member", 1 / m), ("oracle", 1), ("TIE", 1)):
             assert cell(found["members"], f"M = {m}", column)["forwards"] == pytest.approx(result.forwards * share)
-    assert cell(found["cost"], "best member, greedy", "accuracy")["value"] == winners(names=("B",), interval=38)
-    longer = cell(found["cost"], "best member, trained twice as long", "accuracy")
-    assert longer["value"] == winners(names=("B-long",)) and longer["forwards"] == 38
-    votes = [cell(found["cost"], f"best member, vote of {m} samples", "accuracy") for m in (2, 3, 4)]
-    assert [entry["forwards"] for entry in votes] == pytest.approx([38 * m for m in (2, 3, 4)])
-    for n in (4, 8, 16):
-        assert cell(found["history"], history, f"n = {n}")["value"] == winners(score="top1_history", interval=n)
-        assert cell(found["history"], evaluation.TCC, f"n = {n}")["value"] == winners(interval=n)
-    for name in logit:
-        assert cell(found["history"], name, "n = 4")["value"] == winners(score=name[4:], interval=4)
-    pair, factors = ("B", "A-weak"), (("B", 0.5), ("A-weak", 3.0))
+    cost = found["cost"]
+    assert cell(cost, "best member, greedy")["value"] == winners(names=("B",), interval=T)
+    assert cell(cost, "best member, trained twice as long")["value"] == winners(names=("B-long",))
+    assert cell(cost, "best member, trained twice as long")["forwards"] == T
+    for row, m in [(f"best member, vote of {m} samples", m) for m in (2, 3, 4)] + [
+        ("one member, training and forwards of both", 2)
+    ]:
+        assert cell(cost, row)["forwards"] == pytest.approx(T * m)
+    sampled = {own.names for own in fakes if own.temperature}
+    assert sampled == {("B",) * 4, ("union",) * 2}
+    pair = ("B", "A-weak")
     for place, row in enumerate(("the better member", "the weaker one")):
-        assert cell(found["unequal"], row, "as trained")["value"] == winners(names=pair[place : place + 1])
-    for name in (*logit, history):
-        assert cell(found["unequal"], name, "as trained")["value"] == winners(names=pair, score=name[4:])
-        expected = winners(names=pair, score=name[4:], factors=factors)
-        assert cell(found["unequal"], name, "calibrated")["value"] == expected
-    assert found["unequal"]["factors"] == dict(factors)
+        assert cell(found["unequal"], row)["value"] == winners(names=pair[place : place + 1])
+    for score in tie.SCORES:
+        assert cell(found["unequal"], f"tie {score}")["value"] == winners(names=pair, score=score)
 
 
-def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them():
+def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them(fakes, capsys, monkeypatch):
+    trained, original = {}, train_toy.train_members
+    monkeypatch.setattr(train_toy, "train_members", lambda plan, *rest: [trained.update(plan), original(plan, *rest)][1])
+    assert run("--table", 1) == 0 and [*trained] == ["A", "B"]
+    assert run("--table", "own") == 0
     settings = train_toy.Settings()
-    assert evaluation.own_plan(["1", "history"], settings, "B", "A") == {}
-    plan = evaluation.own_plan(["members", "cost", "unequal"], settings, "B", "A")
-    assert plan == {
-        **{name: (settings, name) for name in "ABCD"},
-        "B-long": (replace(settings, steps=2 * settings.steps), "B"),
-        "A-weak": (replace(settings, weight=settings.weight / 8), "A"),
-    }
-
-
-@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 2)), min_size=1, max_size=5), st.data())
-def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_count(samples, data):
-    count = data.draw(st.integers(1, len(samples)))
-    record = {"answers": [a for a, _ in samples], "tcc": [t for _, t in samples], "correct": [a == "x" for a, _ in samples]}
-    tally = Counter(a for a, _ in samples[:count])
-    ranked = sorted((-tally[a], t, m) for m, (a, t) in enumerate(samples[:count]))
-    assert evaluation.vote(record, count) == (samples[ranked[0][2]][0] == "x")
-
-
-def test_samples_follow_the_softmax_at_their_temperature():
-    logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
-    noisy = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=0)
-    drawn = noisy(None, torch.zeros(1, 40_000, dtype=torch.long), None).argmax(-1)
-    shares = torch.bincount(drawn[0], minlength=4) / 40_000
-    assert torch.allclose(shares, (logits / 0.7).softmax(-1), atol=0.01)
-    again = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=0)
-    other = evaluation.sampling(lambda tokens, positions, mask: logits.expand(*positions.shape, -1), 0.7, seed=1)
-    drawn = [sampler(None, torch.zeros(1, 50, dtype=torch.long), None) for sampler in (noisy, again, other)]
-    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])  # noisy has drawn before
-
-
-def test_calibration_undoes_a_factor_on_the_logits(fakes):
-    plain = evaluation.calibrated(job(), "A")
-    sharp = evaluation.calibrated(job(factors=(("A", 4.0),)), "A")
-    assert plain[0] == "A" and sharp[1] * 4 == pytest.approx(plain[1], rel=0.06)  # the grid's step
-
-
-def test_most_selected_is_that_of_the_algorithm(fakes):
-    result, right = oracle(interval=6)  # six relays, so that members can lead equally often
-    expected, _ = oracle(interval=6, selection="most_selected")
-    for b in range(PROBLEMS):
-        record = {"correct": right[b], "leaders": result.leaders[:, b].tolist(), "winner": int(result.winner[b])}
-        assert evaluation.most_selected(record) == int(expected.winner[b])
-    for leaders, chosen in (([0, 1], 1), ([], 1), ([0, 0, 1], 0), ([1, 0, 1], 1)):
-        assert evaluation.most_selected({"correct": [True, False], "leaders": leaders, "winner": 1}) == chosen
+    twice = replace(settings, steps=2 * settings.steps)
+    assert trained == {
+        **{name: (settings, name) for name in "ABCD"}, "B-long": (twice, "B"), "union": (twice, "BA"),
+        "A-weak": (replace(settings, gaps=2 * settings.gaps), "A"),
+    }  # fmt: skip
 
 
 def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
@@ -352,25 +331,11 @@ def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
     whole = tables(capsys, "--table", "all", "--out", tmp_path)["tables"]
     assert {number: whole[number] for number in first} == first
     assert max(Counter(fakes).values()) == 1
-    configurations = {(own.config, own.names, own.factors, own.restart) for own in fakes}
-    assert len(configurations) == 22 + 4 == len(list(tmp_path.glob("*.jsonl")))
+    runs = {(own.config, own.names, own.restart) for own in fakes}
+    assert len(runs) == 16 + 6 == len(list(tmp_path.glob("*.jsonl")))
     before = len(fakes)
     assert tables(capsys, "--table", "all", "--out", tmp_path)["tables"] == whole
     assert len(fakes) == before
-
-
-def test_other_factors_are_other_records(fakes, capsys, tmp_path):
-    assert run("--table", 9, "--out", tmp_path) == 0
-    assert run("--table", 9, "--overconfident", "B=8", "--out", tmp_path) == 2
-    assert "another overconfident" in capsys.readouterr().err
-
-
-def test_the_main_table_takes_an_overconfident_member(fakes, capsys):
-    found = tables(capsys, "--overconfident", "A=5")
-    row = {(r["method"], r["score"]): r["accuracy"] for r in found["rows"]}
-    for score in tie.SCORES:
-        assert row["tie", score] == winners(score=score, factors=(("A", 5.0),))
-    assert all(own.factors == (("A", 5.0),) for own in fakes) and found["settings"]["overconfident"] == {"A": 5.0}
 
 
 def test_seeds_have_a_folder_each(fakes, capsys, tmp_path):
@@ -378,7 +343,7 @@ def test_seeds_have_a_folder_each(fakes, capsys, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed3", "seed4", "summary.json"]
     assert found["settings"]["seeds"] == [3, 4] and {row["seed"] for row in found["rows"]} == {3, 4}
     assert cell(found["tables"]["8"], evaluation.TCC, "with")["values"] == 2 * [winners()]
-    assert {Path(own.folder).name for own in fakes} == {"toy-seed3", "toy-seed4"}
+    assert {own.folder.name for own in fakes} == {"toy-seed3", "toy-seed4"}
     assert len(found["tables_by_seed"]) == 2
     run("--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
     out = capsys.readouterr().out
@@ -393,6 +358,16 @@ def test_tables_name_title_paper_and_verdict(fakes, capsys):
                if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
 
 
+def test_the_trace_can_show_problems_that_no_member_solves_alone(fakes, capsys):
+    prompts, right = [p.prompt for p in job().problems], oracle(interval=evaluation.T)[1]
+    unsolved = [prompt for prompt, row in zip(prompts, right) if not row.any()]
+    assert unsolved[:2] != prompts[:2]
+    for more, expected in (((), prompts[:2]), (("--unsolved",), unsolved[:2])):
+        assert run("--trace", 2, *more) == 0
+        lines = [line.split("   right: ") for line in capsys.readouterr().out.splitlines()]
+        assert [line[0] for line in lines if len(line) > 1] == expected
+
+
 # --- figures ---------------------------------------------------------------------------------------------------
 
 
@@ -403,20 +378,20 @@ def test_figures_are_drawn(fakes, capsys, tmp_path):
         assert (tmp_path / "new" / "folder" / name).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_figure_1_shows_the_scores_after_every_step(fakes):
-    own = evaluation.toy_runs(job(), (("B", 4.0),))["member A probability_margin"]
-    records = evaluation.decode_job(own)
-    member, canvas = fake_member(own, "A"), evaluation.toy_canvas([p.prompt for p in own.problems])
-    for step in range(37):
-        canvas = tie.commit(canvas, tie.read(member, canvas, tie.block_ends(canvas, 8), own.config), own.config)
-        places = torch.arange(canvas.answer.start, canvas.answer.stop).expand(PROBLEMS, -1)
-        logits = member.denoise(canvas.tokens.masked_fill(canvas.masked, train_toy.MASK), places, None)
-        logits[..., train_toy.MASK] = -torch.inf
-        counted = canvas.masked[:, canvas.answer] & (logits.argmax(-1) != train_toy.EOS)
-        expected = tie.confidence(logits, counted)["probability_margin"].tolist()
-        for record, value in zip(records, expected):
-            [said] = record["scores"][step]
-            assert said == pytest.approx(value) if said is not None else value == -torch.inf
+def test_figure_1_shows_the_scores_after_every_step_of_a_member_alone(fakes):
+    own = job(names=("A", "A"), problems=job().problems[:2],
+              config=tie.Config(interval=1, block_size=8, score="probability_margin", cross_model=False))  # fmt: skip
+    for problem, record in zip(own.problems, evaluation.decode_job(own)):
+        assert len(record["scores"]) == evaluation.T - 1
+        for steps, (said, _) in enumerate(record["scores"], 1):
+            tokens, masked = alone("A", problem.prompt, steps)
+            places = train_toy.canvas([problem.prompt]).answer
+            positions = torch.arange(len(tokens))[None]
+            logits = fake_member(own, "A").denoise(tokens.masked_fill(masked, train_toy.MASK)[None], positions, None)[0]
+            best = logits[places].softmax(-1).topk(2)  # (A, 2)
+            counted = masked[places] & (best.indices[:, 0] != train_toy.EOS)
+            margins = (best.values[:, 0] - best.values[:, 1])[counted]
+            assert said == (pytest.approx(float(margins.mean()), abs=1e-5) if len(margins) else None)
 
 
 def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
@@ -424,8 +399,7 @@ def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
     settings = train_toy.Settings()
     for name in "AB":  # complete folders, so that nothing is trained
         evaluation.mdlm.save(train_toy.build(settings), tmp_path / "toy-seed0" / name)
-        record = {"settings": asdict(settings), "name": name, "validation_accuracy": 0.5}
+        record = {"settings": asdict(settings), "name": name, "layout": train_toy.LAYOUT, "validation_accuracy": 0.5}
         (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
     found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
     assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
-    assert found["tables"]["9"]["factors"] == {"B": 4}
