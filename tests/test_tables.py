@@ -307,6 +307,11 @@ def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them()
     }
 
 
+def test_one_member_with_the_forwards_of_both_votes_over_two_samples():
+    union = evaluation.own_runs(job(), "B", "A", ())["union"]
+    assert union.names == ("union", "union") and union.temperature > 0
+
+
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 2)), min_size=1, max_size=5), st.data())
 def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_count(samples, data):
     count = data.draw(st.integers(1, len(samples)))
