@@ -211,6 +211,8 @@ def test_training_is_decided_by_settings_and_name_alone():
     for other in (toy.train(toy.Settings(**TINY), "B"), toy.train(toy.Settings(**TINY), "AB"),
                   toy.train(toy.Settings(**TINY, seed=1), "A")):  # fmt: skip
         assert not torch.equal(one, weights(other))
+    alike = [weights(toy.train(toy.Settings(**TINY, gaps=0), name)) for name in "AB"]
+    assert not torch.equal(*alike)  # even where both know all facts
 
 
 def test_training_lowers_the_loss_in_both_halves_and_never_touches_what_is_given(monkeypatch):
@@ -222,6 +224,8 @@ def test_training_lowers_the_loss_in_both_halves_and_never_touches_what_is_given
         given.append((tokens, tokens.clone()))
         return tokens, editable
 
+    elbo, costs = mdlm.diffusion_loss, []
+    monkeypatch.setattr(mdlm, "diffusion_loss", lambda *arguments: costs.append(1) or elbo(*arguments))
     monkeypatch.setattr(toy, "lessons", lessons)
     small = toy.Settings(steps=100, batch=16, width=32, layers=1, lr=0.02)
     toy.train(small, "A", report=lambda step, loss, model: losses.append((step, loss)))
@@ -229,6 +233,7 @@ def test_training_lowers_the_loss_in_both_halves_and_never_touches_what_is_given
     mean = [sum(loss for _, loss in losses[i : i + 10]) / 10 for i in (0, 40, 90)]
     assert mean[0] > mean[1] + 0.3 and mean[1] > mean[2]
     assert all(torch.equal(*pair) for pair in given)
+    assert len(costs) == 20  # the last fifth of the steps
 
 
 def test_what_a_member_writes_and_how_much_of_it_is_right(monkeypatch):
