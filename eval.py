@@ -1472,7 +1472,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: a GPU where there is one)")  # fmt: skip
     add("--out", type=path, help="folder for records and summary; an interrupted run goes on where it stopped")
     add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    toy = parser.add_argument_group("toy").add_argument
+    add_toy(parser.add_argument_group("toy").add_argument)
+    real = parser.add_argument_group("real checkpoints").add_argument
+    real("--members", nargs="+", type=member_named, metavar="NAME=FOLDER", default=[],
+         help="LLaDA and Dream: local folders, or names on the Hugging Face Hub")  # fmt: skip
+    real("--task", choices=BENCHMARKS, help="benchmark")
+    real("--data", type=path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
+    real("--limit", type=int, help="only the first questions")
+    real("--single", action="store_true", help="every member alone, instead of the ensemble")
+    real("--run-code", nargs="?", const="confined", choices=("confined", "unconfined"),
+         help="run the code that the models write, in bubblewrap; unconfined: in a container that confines it already")
+    args = parser.parse_args(argv)
+    check_arguments(args, parser.get_default, parser.error)
+    return args
+
+
+def add_toy(toy: Callable) -> None:
     toy("--problems", type=int, default=1000, help="test problems (default: %(default)s)")
     toy("--problem-seed", type=int, default=0, help="which test problems are drawn (default: %(default)s)")
     toy("--seed", type=int, default=0, help="training seed of the members (default: %(default)s)")
@@ -1486,18 +1501,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     toy("--seeds", type=int, default=1, metavar="N",
         help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
     toy("--figure", type=path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
-    real = parser.add_argument_group("real checkpoints").add_argument
-    real("--members", nargs="+", type=member_named, metavar="NAME=FOLDER", default=[],
-         help="LLaDA and Dream: local folders, or names on the Hugging Face Hub")  # fmt: skip
-    real("--task", choices=BENCHMARKS, help="benchmark")
-    real("--data", type=path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
-    real("--limit", type=int, help="only the first questions")
-    real("--single", action="store_true", help="every member alone, instead of the ensemble")
-    real("--run-code", nargs="?", const="confined", choices=("confined", "unconfined"),
-         help="run the code that the models write, in bubblewrap; unconfined: in a container that confines it already")
-    args = parser.parse_args(argv)
-    check_arguments(args, parser.get_default, parser.error)
-    return args
 
 
 def check_arguments(args: argparse.Namespace, default: Callable[[str], Any], error: Callable[[str], Any]) -> None:

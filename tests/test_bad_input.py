@@ -481,7 +481,8 @@ SHELL = [  # what follows the command, the exit code, and what stderr says
 @pytest.mark.parametrize("rest, code, told", SHELL)
 def test_output_that_goes_nowhere(rest, code, told, place):
     command = f"set -o pipefail; {sys.executable} {ROOT}/eval.py {shlex.join(TOY.split()[1:])} {rest}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=buffered)
     assert done.returncode == code, done.stderr
     for part in told.split(" ... "):
         assert part in done.stderr and done.stderr.count("\n") == bool(told)
