@@ -1457,7 +1457,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
                               allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--interval", type=int, help="n, steps between two relays (default: 2 on the toy; the paper's for a benchmark)")
+    add("--interval", type=int, help="n, steps between two relays; of one step alone token change count has "
+        "nothing to compare (default: 2 on the toy; the paper's for a benchmark)")  # fmt: skip
     add("--block-size", type=int, default=16, help="block of semi-autoregressive decoding (default: %(default)s)")
     add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
     add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
@@ -1488,7 +1489,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_toy(toy: Callable) -> None:
-    toy("--problems", type=int, default=1000, help="test problems (default: %(default)s)")
+    toy("--problems", type=int, help="test problems (default: 400; 1000 for tables and figures)")
     toy("--problem-seed", type=int, default=0, help="which test problems are drawn (default: %(default)s)")
     toy("--seed", type=int, default=0, help="training seed of the members (default: %(default)s)")
     toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
@@ -1531,6 +1532,7 @@ def check_arguments(args: argparse.Namespace, default: Callable[[str], Any], err
         error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
     groups = {"all": list(PAPER), "own": list(BEYOND)}
     args.table = list(dict.fromkeys(name for asked in args.table for name in groups.get(asked, [asked])))
+    args.problems = (1000 if args.table or args.figure else 400) if args.problems is None else args.problems
     args.members, args.batch_size = dict(args.members), args.batch_size or (8 if args.members else 32)
 
 
