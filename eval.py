@@ -1114,15 +1114,14 @@ def _bubblewrap() -> list[str]:
     if not (bwrap := shutil.which("bwrap")):
         raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; or, in a container that confines "
                          "it already, --run-code unconfined")  # fmt: skip
-    mounts: list[str] = []
-    python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)
+    mounts = ["--proc", "/proc", "--dev", "/dev"]
+    for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20)):
+        mounts += ["--perms", "1777", "--size", str(size), "--tmpfs", place]
+    python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)  # perhaps below /tmp
     for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *python):
         for parent in reversed(Path(place).parents):
             mounts += ["--perms", "0755", "--dir", str(parent)]
         mounts += ["--ro-bind-try", place, place]
-    mounts += ["--proc", "/proc", "--dev", "/dev"]
-    for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20)):
-        mounts += ["--perms", "1777", "--size", str(size), "--tmpfs", place]
     root = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user"]
     return [bwrap, *root, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
             "--die-with-parent", *mounts, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
