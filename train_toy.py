@@ -134,11 +134,6 @@ class Problem:
     def answer(self) -> str:
         return decode(self.sequence[ANSWER])
 
-    @property
-    def split(self) -> str:
-        percent = int(hashed(torch.tensor([self.multiplicand, self.multiplier])))
-        return next(name for name, percents in SPLITS.items() if percent in percents)
-
 
 def hashed(question: Tensor) -> Tensor:
     """A fixed hash, 0 to 99, of questions (..., 2): Knuth's, of its high bits."""
