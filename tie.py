@@ -161,7 +161,7 @@ class Result:
     scores: Tensor  # (relays, M, B) float32, -inf without answer-relevant tokens, or where the row had ended
     tcc: Tensor  # (M, B) float32, C~ over the whole decoding; C without `normalize`
     top1: Tensor  # (M, B) float32, mean top-1 probability at each model's most recent step with a non-empty A
-    forwards: float  # sequences forwarded per row, all members together; relays between vocabularies may add some
+    forwards: float  # sequences forwarded per row by all: M * T and the assessments', within one vocabulary
     not_relayed: int  # (row, receiver) pairs that kept their own state, since the leader's text did not fit
 
 
@@ -451,10 +451,10 @@ LOGIT_SCORES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {  # f at eac
 }
 
 
-def mean_over(values: Tensor, counted: Tensor, dim: int = -1) -> Tensor:
-    """Mean of the values that are counted; UNSCORED where there is none."""
-    mean = values.masked_fill(~counted, 0).sum(dim) / counted.sum(dim).clamp(min=1)
-    return mean.masked_fill(~counted.any(dim), UNSCORED)
+def mean_over(values: Tensor, where: Tensor, dim: int = -1) -> Tensor:
+    """Mean of the values where `where` is True; UNSCORED where that is nowhere."""
+    mean = values.masked_fill(~where, 0).sum(dim) / where.sum(dim).clamp(min=1)
+    return mean.masked_fill(~where.any(dim), UNSCORED)
 
 
 def assess(runs: list[Run], received: list[list[Received]], ended: Tensor) -> tuple[Tensor, list[list[Reading]]]:
@@ -524,11 +524,11 @@ def row_by_row(parts: Sequence[tuple[Tensor, ...]], source: Tensor) -> list[Tens
     return [torch.stack(versions)[source, rows] for versions in zip(*parts)]
 
 
-def select(config: Config, scores: Tensor, top1: Tensor, leaders: Tensor) -> Tensor:
-    """(B,) index of the final response: lowest C~ by scores = -C~ (M, B) and ties as `lead`; or as in Table 10.
+def select(config: Config, stability: Tensor, top1: Tensor, leaders: Tensor) -> Tensor:
+    """(B,) index of the final response: lowest C~, by stability = -C~ (M, B) and ties as `lead`; or as in Table 10.
     most_selected with equal numbers of leads, or no relay at all, falls back to the lowest C~ (our decision)."""
-    lowest = lead(scores, top1)
-    leads = torch.stack([(leaders == m).sum(0) for m in range(len(scores))])  # (M, B)
+    lowest = lead(stability, top1)
+    leads = torch.stack([(leaders == m).sum(0) for m in range(len(stability))])  # (M, B)
     most = leads == leads.amax(0)
     most_selected = torch.where(most.sum(0) == 1, most.int().argmax(0), lowest)
     best_model = torch.full_like(lowest, config.best_model)
