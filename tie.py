@@ -356,11 +356,11 @@ def predict(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """Top-1 probability (B, K) float32 and token (B, K) int64 of logits (B, K, V). Our decisions: the mask token is
     never predicted, so that decoding always ends; the probability is that of the whole softmax, mask included, as in
     LLaDA's own sampler."""
-    probability, token = [], []  # (b, 1)
+    probability, token, spans = [], [], ((0, mask_id), (mask_id + 1, logits.shape[-1]))
     for part in in_parts(logits):
-        others = part.clone()
-        others[:, mask_id] = -torch.inf
-        token.append(others.argmax(-1, keepdim=True))  # by logits: probabilities may round to the same number
+        best = [part[:, i:j].argmax(-1, keepdim=True) + i for i, j in spans if i < j]  # (b, 1), no copy of logits
+        higher = part.gather(1, best[-1]) > part.gather(1, best[0])  # by logits: probabilities may round to equal ones
+        token.append(torch.where(higher, best[-1], best[0]))
         probability.append(part.softmax(-1, dtype=torch.float32).gather(1, token[-1]))
     return torch.cat(probability).view(logits.shape[:2]), torch.cat(token).view(logits.shape[:2])
 
