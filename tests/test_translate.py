@@ -254,6 +254,7 @@ HALF = SHORT.encode("é")[:1]
 
 @pytest.mark.parametrize("message, ids, sender, receiver", [
     ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: "a"), LONG),
+    ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: "a" if len(ids) == 1 else b"ab"), LONG),
     ("m0.*raw bytes", SHORT.encode("é"), Careless(decode=lossy_text), LONG),
     ("m0.*raw bytes", HALF, Careless(decode=lossy_text), LONG),
     ("m0.*raw bytes", SHORT.encode("a b"), Careless(decode=lambda ids: SHORT.decode(ids).strip()), LONG),
@@ -263,6 +264,7 @@ HALF = SHORT.encode("é")[:1]
     ("m1.*no mask, EOS", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [*SHORT.encode(text), EOS])),
     ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [SHORT.size + 9])),
     ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [-1])),
+    ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [0, SHORT.size + 9])),
     ("m1.*neither add.*'Ab'", SHORT.encode("Ab"), SHORT, Careless(encode=lambda text: SHORT.encode(text.lower()))),
     ("m1.*neither add.*'ab'", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [0, *SHORT.encode(text)])),
     ("m1.*neither add.*'ab'", SHORT.encode("ab"), SHORT,  # [CLS], which decode leaves out
