@@ -10,10 +10,12 @@ Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H h
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as InSequence
 from torch import Tensor, nn
 
 # --- the model ----------------------------------------------------------------------------------
@@ -106,6 +109,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (y * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).to(x.dtype)
 
 
+Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values (B, G, N, E) of N computed positions -> those (B, G, L, E) of all positions to attend to."""
+
+
 class Block(nn.Module):
     """Pre-norm attention over all positions (no causal mask), then a pre-norm SwiGLU."""
 
@@ -122,11 +129,18 @@ class Block(nn.Module):
         self.up = nn.Linear(c.width, c.hidden, bias=False)
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None) -> Tensor:
-        """x (B, L, D) -> (B, L, D), or (B, K, D) at the positions `chosen` (B, K) alone, which still see all others."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None, memory: Memory | None
+    ) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or (B, K, D) of those at the indices `chosen` (B, K) alone, which still see all.
+
+        They attend to one another, or, with a `memory`, to all the keys and values that it makes of theirs.
+        """
         y = self.attn_norm(x)
-        k, v = (rearrange(z, "b l (g e) -> b g l e", g=self.kv_heads) for z in (self.k(y), self.v(y)))
+        k, v = (rearrange(z, "b n (g e) -> b g n e", g=self.kv_heads) for z in (self.k(y), self.v(y)))
         k = rotate(k, cos, sin)
+        if memory is not None:
+            k, v = memory(k, v)  # (B, G, L, E)
         if self.kv_heads < self.heads:
             k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
@@ -158,30 +172,112 @@ class MDLM(nn.Module):
         tokens (B, L) int64; attention_mask (B, L) bool, False on padding: padding is never attended to, and
         logits at padding mean nothing. Raises ValueError for more positions than the config's max_length.
         """
+        if positions is None and self.config.shift:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        chosen = None if positions is None else self.outputs_of(positions, attention_mask)
+        return self.logits(tokens, *self.layout(tokens, attention_mask), chosen)
+
+    def layout(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos and sin (B or 1, L, E) of the rows' positions, and the mask of their keys (B, 1, 1, L)."""
         c = self.config
         if tokens.shape[1] > c.max_length:
             raise ValueError(f"{tokens.shape[1]} positions exceed the model's max_length of {c.max_length}")
-        x = self.embed(tokens)  # (B, L, D)
         # A row is numbered as it would be alone. LLaDA's own code counts left padding too, which turns all of a row
         # alike: rotary attention reads differences only.
         numbers = torch.ones_like(tokens[:1]) if attention_mask is None else attention_mask.long()
-        dtype = torch.float32 if c.rope_float32 else x.dtype
-        cos, sin = rotary(numbers.cumsum(1) - 1, c.width // c.heads, c.rope_theta, dtype)  # (B or 1, L, E)
+        dtype = torch.float32 if c.rope_float32 else self.embed.weight.dtype
+        cos, sin = rotary(numbers.cumsum(1) - 1, c.width // c.heads, c.rope_theta, dtype)
         # Dream's own code also hides real keys from padded queries; no real position can see the difference.
-        attn_mask = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, L)
-        chosen = self._outputs_of(tokens, positions, attention_mask) if c.shift else positions
-        for block in self.layers[:-1]:
-            x = block(x, cos, sin, attn_mask, None)
-        # Nothing after the last layer reads other positions: a sixth of the toy's forward, a 36th of LLaDA's.
-        x = self.layers[-1](x, cos, sin, attn_mask, chosen)  # (B, K, D)
-        return self.head(self.norm(x))
+        return cos, sin, None if attention_mask is None else attention_mask[:, None, None, :]
 
-    def _outputs_of(self, tokens: Tensor, positions: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Under the shift the output at i-1 speaks of position i; the first real position of a row keeps its own."""
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    def outputs_of(self, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The positions (B, K) whose outputs speak of `positions`: the same ones, but under the shift those before;
+        the first real position of a row keeps its own."""
+        if not self.config.shift:
+            return positions
         before = (positions - 1).clamp(min=0)  # (B, K)
         return before if attention_mask is None else torch.where(attention_mask.gather(1, before), before, positions)
+
+    def logits(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None,
+        memories: Sequence[Memory | None] = (),
+    ) -> Tensor:  # fmt: skip
+        """Logits (B, K, V) from the outputs at the indices `chosen` (B, K) among tokens (B, N); see `Block.forward`."""
+        *before, last = zip(self.layers, memories or [None] * len(self.layers))
+        x = self.embed(tokens)  # (B, N, D)
+        for block, memory in before:
+            x = block(x, cos, sin, attn_mask, None, memory)
+        # Nothing after the last layer reads other positions: a sixth of the toy's forward, a 36th of LLaDA's.
+        x = last[0](x, cos, sin, attn_mask, chosen, last[1])  # (B, K, D)
+        return self.head(self.norm(x))
+
+
+class Cached:
+    """An `MDLM` as a `tie.Denoiser` that keeps the keys and values of every layer from call to call. Approximate.
+
+    A call computes anew the positions asked for and those whose token has changed since their keys and values were
+    made, row by row (a commit, a relay); the others are attended to as they stand. Every `refresh`-th call computes
+    everything anew, and so does the first of another batch or layout. The refresh goes by count alone: with the
+    ensemble interval, refresh = n, it falls for all members on the first step of a round, whose changes no score
+    counts. refresh = 1 is the exact model. Refreshed at each block's start, plain decoding by it is Fast-dLLM's dual
+    cache (arXiv:2505.22618).
+
+    The logit scores read every member's state through one cache, each as a change from the last; a row whose relays
+    have ended then sees its refresh fall on other steps than it would alone. A batch is known by its fixed tokens, or
+    by tokens as at its first call: where other starts of the same prompts follow in the same layout, or the weights
+    change, take a new `Cached`. Raises ValueError for what is no MDLM or no positive number of calls.
+    """
+
+    def __init__(self, model: MDLM, refresh: int):
+        if not isinstance(model, MDLM):
+            raise ValueError(f"Cached needs an MDLM, whose layers it knows, not {type(model).__name__}")  # noqa: TRY004
+        if type(refresh) is not int or refresh < 1:
+            raise ValueError(f"refresh must be a whole number of at least 1, not {refresh!r}")
+        self.model, self.refresh, self.calls = model, refresh, 0
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (B, G, L, E) of each layer, made of
+        self.tokens, self.real = torch.empty(0, 0), torch.empty(0, 0)  # (B, L) these tokens, with this attention mask
+        self.first, self.fixed = self.tokens, self.real  # (B, L) the batch's first tokens; those that are no masks
+
+    # What is kept must outlive an inference mode, to be written to outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, K, V) as `MDLM` gives them, from tokens (B, L), positions (B, K), attention_mask (B, L) bool."""
+        cos, sin, attn_mask = self.model.layout(tokens, attention_mask)
+        outputs = self.model.outputs_of(positions, attention_mask)  # (B, K)
+        real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask  # (B, L)
+        needed, count = self._needed(tokens, torch.cat([positions, outputs], dim=1), real)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]  # (B, 1)
+        at = needed.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, N), a row's needed ones,
+        at = torch.where(needed[rows, at], at, at[:, :1])  # and where it has fewer than N, its first over again
+        cos, sin = (z.expand(len(tokens), -1, -1)[rows, at] for z in (cos, sin))  # (B, N, E)
+
+        def memory(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+            return keys, values
+
+        chosen = needed.cumsum(1).gather(1, outputs) - 1  # (B, K), indices among the N
+        memories = [functools.partial(memory, *kept) for kept in self.kept]
+        logits = self.model.logits(tokens[rows, at], cos, sin, attn_mask, chosen, memories)
+        self.tokens, self.real, self.calls = tokens.clone(), real.clone(), self.calls + 1
+        return logits
+
+    def _needed(self, tokens: Tensor, asked: Tensor, real: Tensor) -> tuple[Tensor, int]:
+        """(B, L) bool, what to compute anew, and the most of a row. A new batch begins with nothing kept."""
+        needed, new = torch.zeros_like(real).scatter(1, asked, True), True
+        if (tokens.shape, tokens.device) == (self.tokens.shape, self.tokens.device):
+            changed = tokens != self.tokens
+            needed |= changed
+            renewed = (changed & self.fixed).any() | (tokens == self.first).all() | (real != self.real).any()
+            # The one wait for the device in a step: its answer is the size of all that is computed.
+            count, new = torch.stack([needed.sum(1).amax(), renewed.long()]).tolist()
+        if new:
+            c, weight = self.model.config, self.model.embed.weight
+            sizes = len(tokens), c.kv_heads, tokens.shape[1], c.width // c.heads
+            self.kept = [(weight.new_zeros(sizes), weight.new_zeros(sizes)) for _ in self.model.layers]
+            self.calls, self.first, self.fixed = 0, tokens.clone(), tokens != c.mask_id
+        whole = self.calls % self.refresh == 0
+        return (torch.ones_like(real), tokens.shape[1]) if whole else (needed, count)
 
 
 # --- the training loss --------------------------------------------------------------------------
@@ -267,7 +363,9 @@ def save(model: MDLM, path: str | os.PathLike) -> None:
     """Write `model.safetensors` and `config.json` into folder `path`, the config last, each atomically."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors.part")
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    # Not save_file, whose files only their owner can read.
+    (folder / "model.safetensors.part").write_bytes(to_bytes(weights, metadata={"format": "pt"}))
     os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
     config = {"model_type": "mdlm", **asdict(model.config)}
     (folder / "config.json.part").write_text(json.dumps(config, indent=1))
@@ -432,7 +530,7 @@ def _dream_tokenizer(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = NFC()
     to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = Sequence([Split(Regex(_PIECES), "isolated"), to_bytes])
+    tokenizer.pre_tokenizer = InSequence([Split(Regex(_PIECES), "isolated"), to_bytes])
     for i in sorted(added, key=int):
         tokenizer.add_tokens([AddedToken(**added[i])])
         if tokenizer.token_to_id(added[i]["content"]) != int(i):

@@ -9,11 +9,14 @@ a fixed number of tokens a step, the time does not depend on them.
     d  M members over M times one member
     e  relay between equal and between different vocabularies, microseconds a row
     f  TIE with the members' forwards through torch.compile, over the same without
+    g  TIE with mdlm.Cached, refresh = n, over TIE without, and over a public sampler's steps by one of the models
 
 Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 2. The others have 128 positions (prompt 32,
 reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the last 17 tokens: a round, a relay, a
 step. On a CPU, a and d make only their last 2 steps, with n = 1: a relay at every second step, not every 16th.
-Not part of the test suite. On 2 cores the default takes about eight minutes and 6 GB.
+Part g makes one round, 16 steps and a relay, in the midst of 384 positions (prompt 80, reasoning 264, suffix 8,
+answer 32), and has a shape of its own beside "wide": "small" is LLaDA in small, its head with the same share.
+Not part of the test suite. On 2 cores the default takes about MINUTES minutes and 6 GB.
 
 Example: python tests/bench.py --only a c --repeats 7
 """
@@ -47,6 +50,7 @@ import train_toy
 
 SHAPES: dict[str, dict] = {  # of mdlm.ModelConfig; LLaDA-8B's and Dream-7B's sizes are those of their config.json
     "toy": {},
+    "small": {"vocab_size": 4096, "width": 512, "layers": 8, "heads": 8, "kv_heads": 8, "hidden": 1536},
     "wide": {"vocab_size": 126_464, "width": 512, "layers": 12, "heads": 8, "kv_heads": 8, "hidden": 1536},
     "llada": {"vocab_size": 126_464, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 32, "hidden": 12_288},
     "dream": {"vocab_size": 152_064, "width": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "hidden": 18_944,
@@ -353,9 +357,52 @@ def compiled(bench: Bench) -> None:
         bench.show(what, over(times["compiled"], times["as is"]), note=bench.note(times["compiled"]))
 
 
+def one_round(members: list[tie.Member], canvas: tie.Canvas, config: tie.Config, refresh: int = 0) -> None:
+    """A round of the ensemble up to its relay, the first member leading; with `refresh` over new caches."""
+    wrapped = [replace(m, denoise=mdlm.Cached(m.denoise, refresh)) if refresh else m for m in members]  # type: ignore
+    runs = [tie.Run(m, member, canvas, config) for m, member in enumerate(wrapped)]
+    tie.generate(runs)
+    for run in runs:
+        run.score_round()
+    relay_first(runs)
+
+
+def public_steps(member: tie.Member, canvas: tie.Canvas, steps: int, block_size: int) -> None:
+    """Decoding as public samplers do it: logits and probabilities of the whole sequence at every step, then the
+    most confident masked position of the block."""
+    tokens, masked = canvas.tokens.clone(), canvas.masked.clone()
+    block = torch.zeros_like(masked)
+    block[:, masked[0].int().argmax() :][:, :block_size] = True
+    for _ in range(steps):
+        logits = member.denoise(tokens, None, None)  # type: ignore[arg-type]  # (B, L, V)
+        confidence, best = logits.softmax(-1).max(-1)  # (B, L)
+        chosen = confidence.masked_fill(~(masked & block), -1).topk(1).indices  # (B, 1)
+        tokens = tokens.scatter(1, chosen, best.gather(1, chosen))
+        masked = masked.scatter(1, chosen, False)
+
+
+def cache(bench: Bench, n: int = 16) -> None:
+    """g. Two members against themselves, and against one of them under a public sampler."""
+    for shape, batch in ((shape, batch) for shape in ("small", *bench.shapes) if shape != "toy" for batch in (1, 4)):
+        members, _, config = bench.case(shape, batch)
+        canvas = blank(members[0], (80, 264, 8, 32), batch, bench.device)
+        begun = slice(canvas.reasoning.start, canvas.reasoning.stop - 40)  # so that a block of 16 comes next
+        canvas.masked[:, begun], canvas.tokens[:, begun] = False, 1
+        jobs: dict[str, Job] = {
+            "exact": partial(one_round, members, canvas, config),
+            "cached": partial(one_round, members, canvas, config, refresh=n),
+            "public": partial(public_steps, members[0], canvas, n, config.block_size),
+        }
+        times, where = bench.interleave(jobs), f"g  {shape}, batch {batch}"
+        bench.show(f"{where}: TIE, cached / TIE", over(times["cached"], times["exact"]), note=bench.note(times["cached"]))
+        bar = (0, 0.45) if shape == "small" else None
+        bench.show(f"{where}: TIE, cached / public sampler, one model", over(times["cached"], times["public"]), bar)
+        bench.show(f"{where}: TIE, exact / public sampler, one model", over(times["exact"], times["public"]))
+
+
 # --- command line -----------------------------------------------------------------------------------------
 
-PARTS = {"a": own_work, "b": needed_logits, "c": scores, "d": more_members, "e": relays, "f": compiled}
+PARTS = {"a": own_work, "b": needed_logits, "c": scores, "d": more_members, "e": relays, "f": compiled, "g": cache}
 
 
 def natural(text: str) -> int:

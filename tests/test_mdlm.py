@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
@@ -372,6 +373,14 @@ def test_save_and_load_give_the_model_back_bit_for_bit(tmp_path_factory, config,
 def test_save_makes_the_folders_above(tmp_path):
     mdlm.save(build(TOY), tmp_path / "new" / "newer")
     assert mdlm.load(tmp_path / "new" / "newer")[1] == TOY
+
+
+def test_saved_weights_are_as_readable_as_their_config_and_say_that_they_are_torch_s(tmp_path):
+    mdlm.save(build(TOY), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    with safe_open(weights, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_json_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
