@@ -19,7 +19,6 @@ if __name__ == "__main__":  # in the seconds that the import of torch takes, Ctr
     at_start = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import ast
 import copy
 import csv
 import functools
@@ -104,17 +103,16 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]
 
 def check_record(record: Record, members: int) -> None:
     """ValueError, TypeError or KeyError where a record is none that `decode_questions` wrote for so many members."""
-    maybe, chosen = (float, type(None)), [record["winner"], *record["leaders"]]
-    by_member = [((str,), record["answers"]), ((bool,), record["correct"]), ((list,), record["texts"]),
-                 (maybe if members == 1 else (float,), record["tcc"]), (maybe, record["top1"]),
-                 *((maybe, relay) for relay in record["scores"])]  # fmt: skip
-    single = [((str,), [record["id"]]), ((float,), [record["forwards"]]), ((int,), chosen)]
-    typed = [(kinds, value) for kinds, values in by_member + single for value in values]
+    json.dumps(record, allow_nan=False)  # ValueError for what is no JSON number
+    maybe = (float, type(None))
+    kinds = {"answers": (str,), "correct": (bool,), "texts": (list,), "top1": maybe,
+             "tcc": maybe if members == 1 else (float,)}  # fmt: skip
+    by_member = [(record[key], kind) for key, kind in kinds.items()] + [(relay, maybe) for relay in record["scores"]]
     if not (
-        all(type(values) is list and len(values) == members for _, values in by_member)
-        and all(type(value) in kinds for kinds, value in typed)
-        and all(math.isfinite(value) for _, value in typed if type(value) is float)
-        and set(chosen) <= set(range(members)) and "gold" in record
+        type(record["id"]) is str and type(record["forwards"]) is float and "gold" in record
+        and all(type(m) is int and 0 <= m < members for m in [record["winner"], *record["leaders"]])
+        and all(type(own) is list and len(own) == members for own, _ in by_member)
+        and all(type(value) in kind for own, kind in by_member for value in own)
     ):  # fmt: skip
         raise ValueError("not what was written")
 
@@ -127,43 +125,39 @@ class Records:
     def __init__(self, folder: Path | None, name: str, members: int, rank: int = 0):
         self.folder, self.name, self.members = folder, name.replace(" ", "-"), members
         self.path = folder / f"{self.name}.{rank}.jsonl" if folder else None
-        self.done = self.of_all_ranks()
+        self.done = dict[str, Record]()
+        self.read()
         if self.path and self.path.exists():
-            with file_errors("use", self.path):
-                if not (data := self.path.read_bytes()).endswith(b"\n"):
-                    os.truncate(self.path, data.rfind(b"\n") + 1)
+            with self.path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
 
-    def of_all_ranks(self) -> dict[str, Record]:
-        """The records of every process by question, as far as they are written; a file put aside has another name."""
-        records, pattern = {}, re.compile(rf"{re.escape(self.name)}\.\d+\.jsonl")
+    def read(self) -> None:
+        """Add what every process has written so far; a file put aside has another name."""
         for path in sorted(self.folder.iterdir()) if self.folder else []:
-            if not pattern.fullmatch(path.name):
+            if not re.fullmatch(rf"{re.escape(self.name)}\.\d+\.jsonl", path.name):
                 continue
-            with file_errors("read", path):
-                data = path.read_bytes()
-            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
                 try:
                     check_record(record := json.loads(line), self.members)
                 except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(f"{path}, line {number}, is no record: move the file away to start anew") from None
-                records[record["id"]] = record
-        return records
+                self.done[record["id"]] = record
 
     def add(self, records: Iterable[Record]) -> None:
-        new = [record for record in records if record["id"] not in self.done]
-        self.done |= {record["id"]: record for record in new}
+        new = {record["id"]: record for record in records if record["id"] not in self.done}
+        self.done |= new
         if self.path and new:
             with file_errors("write", self.path), self.path.open("a") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in new))
+                file.write("".join(json.dumps(record) + "\n" for record in new.values()))
 
 
 @contextmanager
-def file_errors(verb: str, path: Path | str) -> Iterator[None]:
-    """An error of the file system alone would not say which file, nor what to do."""
+def file_errors(verb: str, path: Path) -> Iterator[None]:
+    """An error while a file is written would not say which."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot {verb} {path}: {error.strerror}; mend that, and the same command goes on") from None
+        raise ValueError(f"cannot {verb} {path}: {error.strerror}; mend that, and the same command goes on") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,25 +172,20 @@ def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) ->
     weights with other fingerprints. Fingerprints of members that this call does not name stay."""
     if folder is None:
         return
-    path, now = folder / "settings.json", json.loads(json.dumps(settings))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier, kept = read_settings(path) if any(folder.glob("*.jsonl")) else (now, {})
+    folder.mkdir(parents=True, exist_ok=True)
+    path, kept = folder / "settings.json", dict[str, str]()
+    if any(folder.glob("*.jsonl")):
+        try:
+            read = json.loads(path.read_bytes())
+            earlier, kept = {**read["settings"]}, {**read["fingerprints"]}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
+        now = json.loads(json.dumps(settings))
         differing = [key for key in now if earlier.get(key) != now[key]]
         differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
         if differing:
             raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
-        write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
-    except OSError as error:
-        raise ValueError(f"cannot use --out {folder}: {error}; give a folder that can be written") from None
-
-
-def read_settings(path: Path) -> tuple[dict, dict]:
-    try:
-        read = json.loads(path.read_bytes())
-        return dict(**read["settings"]), dict(**read["fingerprints"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
+    write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
 
 
 def environment() -> dict:
@@ -218,12 +207,11 @@ def fingerprint(source: list[Question] | Path) -> str:
         return hashlib.sha256(json.dumps([(q.id, q.prompt, q.gold) for q in source]).encode()).hexdigest()
     digest = hashlib.sha256()
     for path in sorted(path for pattern in MEMBER_FILES for path in source.glob(pattern) if path.is_file()):
-        with file_errors("read", path), path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name} {size} ".encode())
-            for start in (0, max(0, size - 2**20)):
-                file.seek(start)
-                digest.update(file.read(2**20))
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode() + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
     return digest.hexdigest()
 
 
@@ -858,12 +846,8 @@ def member_folder(given: str) -> Path:
 
 def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[Any]:
     """LLaDA and Dream as `tie.Member`s; all tokenizers are read and checked before the first weight is."""
-    codecs: list[mdlm.TextCodec] = []
-    for folder in folders.values():
-        codec = mdlm.load_codec(folder)
-        ids = (codec.vocabulary, codec.mask_id, codec.eos_id)
-        alike = [c for c in codecs if (c.vocabulary, c.mask_id, c.eos_id) == ids]
-        codecs.append([*alike, codec][0])  # equal vocabularies share a codec, and relay ids as they are
+    codecs, shared = [mdlm.load_codec(folder) for folder in folders.values()], dict[Any, mdlm.TextCodec]()
+    codecs = [shared.setdefault((*c.vocabulary, c.mask_id, c.eos_id), c) for c in codecs]  # equal ones relay plain ids
     return [tie.Member(mdlm.load(folder, device, DTYPES[dtype])[0], codec.mask_id, codec.eos_id, name, codec)
             for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
 
@@ -891,30 +875,28 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
     for member, question in itertools.product(members, questions):
         length = len(member.codec.encode_prompt(question.prompt)) + BENCHMARKS[task].length
         if length > (most := member.denoise.config.max_length):
-            raise ValueError(f"question {question.id} with its answer takes {length} tokens, over {most} of {member}: "
-                             "leave it out of --data")  # fmt: skip
+            told = f"question {question.id} with its answer takes {length} tokens, over {most} of {member}"
+            raise ValueError(f"{told}: leave it out of --data")
 
 
 def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
     """Decode the questions that have no record yet, in batches that are the same after an interruption."""
-    done = sum(q.id in file.done for q in questions)
+    batches = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
+    todo = [batch for batch in batches if any(q.id not in file.done for q in batch)]
+    done = len(questions) - sum(map(len, todo))
     with tqdm(total=len(questions), initial=done, unit="question", disable=None) as bar:
-        for i in range(0, len(questions), batch_size):
-            batch = questions[i : i + batch_size]
-            if new := [q for q in batch if q.id not in file.done]:
-                file.add(decode_questions(setup, config, batch))
-                bar.update(len(new))
-            records = [file.done[q.id] for q in questions if q.id in file.done]
-            bar.set_postfix(accuracy=percent(float(np.mean([r["correct"][r["winner"]] for r in records]))))
+        for batch in todo:
+            file.add(decode_questions(setup, config, batch))
+            bar.update(len(batch))
+            bar.set_postfix(accuracy=percent(np.mean([r["correct"][r["winner"]] for r in file.done.values()])))
 
 
 def processes() -> tuple[int, int, int]:
     """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
     given = [os.environ.get(*pair) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
-    if not all(re.fullmatch(r"\d{1,6}", text) for text in given) or int(given[0]) >= int(given[1]):
-        raise ValueError("RANK={}, WORLD_SIZE={}, LOCAL_RANK={} in the environment: unset them, or use torchrun, whose "
-                         "RANK is below its WORLD_SIZE".format(*given))  # fmt: skip
-    rank, world, local = map(int, given)
+    rank, world, local = (int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in given)
+    if not 0 <= rank < world or local < 0:
+        raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK are {', '.join(given)}: unset them, or use torchrun")
     return rank, world, local
 
 
@@ -956,14 +938,14 @@ def run_real(args: argparse.Namespace) -> None:
     for name, group in ({f"member {m.name}": [m] for m in members} if args.single else {label: members}).items():
         file = Records(args.out, name, len(group), rank)
         decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
-        everything = file.of_all_ranks() if args.out else file.done
-        if len(everything) < len(questions):
+        file.read()
+        if len(file.done) < len(questions):
             return  # another process is still at work
-        runs[name] = Run([everything[q.id] for q in questions], [m.name for m in group])
+        runs[name] = Run([file.done[q.id] for q in questions], [m.name for m in group])
     table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
+    figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
     for row in table["rows"]:  # the paper's figure for the same setting, in Table 4 or 3
         name = f"{row['method']} {row['score']}".lower()
-        figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
         row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
     finish(args, effective, table)
 
@@ -1047,23 +1029,11 @@ def math_equal(answer: str, gold: str) -> bool:
     return said == "True\n"
 
 
-_OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-                                    ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 _PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3,  # fractions within fractions
           (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"),
           (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
           (r"[\[{]", "("), (r"[\]}]", ")")]  # fmt: skip
-
-
-def _value(node: ast.expr) -> Fraction:
-    """Exact; LookupError for anything but + - * / and whole numbers."""
-    if isinstance(node, ast.BinOp):
-        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-    if isinstance(node, ast.UnaryOp):
-        return _OPERATORS[type(node.op)](_value(node.operand))
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return Fraction(node.value)
-    raise LookupError(node)
+_FOREIGN = r"[^-+*/() 0-9]|\*\*|//|\( *\)"  # to an expression in + - * /
 
 
 def countdown_correct(answer: str, gold: dict) -> bool:
@@ -1071,10 +1041,11 @@ def countdown_correct(answer: str, gold: dict) -> bool:
     for side in answer[:1000].split("="):
         for pattern, new in _PLAIN:
             side = re.sub(pattern, new, side)
-        with suppress(SyntaxError, ArithmeticError, LookupError, RecursionError, MemoryError, ValueError):
-            used = sorted(map(int, re.findall("[0-9]+", side)))
-            if re.fullmatch(r"[-+*/() 0-9]*", side) and used == sorted(gold["numbers"]):
-                return _value(ast.parse(side.strip(), mode="eval").body) == gold["target"]
+        if re.search(_FOREIGN, side) or sorted(map(int, re.findall("[0-9]+", side))) != sorted(gold["numbers"]):
+            continue
+        exact = re.sub("[0-9]+", r"Fraction(\g<0>)", side)  # nothing else but + - * / and brackets is left in it
+        with suppress(SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
+            return eval(exact, {"Fraction": Fraction}) == gold["target"]
     return False
 
 
@@ -1097,14 +1068,13 @@ def steps():
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     module = sys.modules["program"] = types.ModuleType("program")
-    actions = []
     for number, source in enumerate(sources):
         module.__file__ = f"program{number}.py"
         with open(module.__file__, "w") as file:
             file.write(source)
-        actions.append(functools.partial(exec, compile(source, module.__file__, "exec"), module.__dict__))
-    return [*actions, functools.partial(os.write, pipe, token.encode())]
-for action in steps():
+        yield functools.partial(exec, compile(source, module.__file__, "exec"), module.__dict__)
+    yield functools.partial(os.write, pipe, token.encode())
+for action in [*steps()]:
     action()
 """
 
@@ -1112,19 +1082,18 @@ for action in steps():
 def _bubblewrap() -> list[str]:
     """Own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
     if not (bwrap := shutil.which("bwrap")):
-        raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; or, in a container that confines "
-                         "it already, --run-code unconfined")  # fmt: skip
-    mounts = ["--proc", "/proc", "--dev", "/dev"]
-    for place, size in (("/tmp", 16 << 20), ("/dev/shm", 1 << 20)):
-        mounts += ["--perms", "1777", "--size", str(size), "--tmpfs", place]
+        raise ValueError("--run-code needs bwrap: apt-get install bubblewrap, or, in a container, --run-code unconfined")
+    rights = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if os.getuid() == 0 else "--unshare-user"
+    own = ("--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --die-with-parent --chdir /tmp "
+           f"--proc /proc --dev /dev --perms 1777 --size {16 << 20} --tmpfs /tmp --perms 1777 --size {1 << 20} "
+           "--tmpfs /dev/shm --remount-ro /dev")  # fmt: skip
+    system = list[str]()
     python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)  # perhaps below /tmp
     for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *python):
         for parent in reversed(Path(place).parents):
-            mounts += ["--perms", "0755", "--dir", str(parent)]
-        mounts += ["--ro-bind-try", place, place]
-    root = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if os.getuid() == 0 else ["--unshare-user"]
-    return [bwrap, *root, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-            "--die-with-parent", *mounts, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]  # fmt: skip
+            system += ["--perms", "0755", "--dir", str(parent)]
+        system += ["--ro-bind-try", place, place]
+    return [bwrap, *rights.split(), *own.split(), *system, "--remount-ro", "/"]
 
 
 def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True) -> bool:
@@ -1164,8 +1133,8 @@ def check_sandbox(confined: bool) -> None:
     command = [*(_bubblewrap() if confined else []), _PYTHON, "-c", ""]
     tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
     if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
-        raise ValueError(f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, "
-                         "update bubblewrap, or, in a container that confines it, --run-code unconfined")  # fmt: skip
+        told = f"--run-code cannot confine here ({tried.stderr.strip()[:200]})"
+        raise ValueError(f"{told}: allow user namespaces, update bubblewrap; in a container, --run-code unconfined")
 
 
 def humaneval_correct(answer: str, gold: dict, confined: bool) -> bool:
@@ -1215,52 +1184,6 @@ _HUMANEVAL = ("Read the following function signature and docstring, and fully im
               "Return only the Python function, no explanation.\n\n{prompt}")  # fmt: skip
 _MBPP = "{prompt} Your code should satisfy these tests:\n{tests}\nReturn only the Python function, no explanation."
 
-
-def _choice(question: str, choices: list[str], right: int) -> tuple[dict, str]:
-    letters = "ABCDE"[: len(choices)]
-    listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
-    form = f"LETTER', where LETTER is one of {', '.join(letters)}"
-    return {"question": question.strip(), "choices": listed, "form": form}, letters[right]
-
-
-def _is(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r:.80} is no {kind.__name__}")
-    return value
-
-
-def _parse(task: str, row: Any) -> tuple[dict, Any]:
-    """(fields of the template, gold) of one row in the owners' layout."""
-    if task in ("mmlu", "mmlu-star"):
-        question, a, b, c, d, letter = row
-        return _choice(question, [a, b, c, d], ("A", "B", "C", "D").index(letter))
-    if task == "arc-challenge":  # 3 to 5 choices, labelled by letters or by numbers; the prompt has letters
-        labels, texts = zip(*((choice["label"], choice["text"]) for choice in row["question"]["choices"]))
-        return _choice(row["question"]["stem"], list(texts), labels.index(row["answerKey"]))
-    if task == "winogrande":
-        question = "Which choice belongs in the place of the _ in this sentence?\n" + row["sentence"]
-        return _choice(question, [row["option1"], row["option2"]], ("1", "2").index(row["answer"]))
-    if task == "gsm8k":
-        gold = str(Fraction(row["answer"].split("####")[1].strip().replace(",", "")))
-        return {"question": row["question"], "form": "NUMBER', where NUMBER is the number alone"}, gold
-    if task == "math500":
-        form = "ANSWER', where ANSWER is the value alone, in LaTeX"
-        return {"question": row["problem"], "form": form}, _is(str, row["answer"])
-    if task == "humaneval":
-        row["prompt"].index("def " + row["entry_point"])  # ValueError if it is not there
-        return {"prompt": row["prompt"]}, {key: _is(str, row[key]) for key in ("prompt", "entry_point", "test")}
-    if task == "mbpp":
-        tests = {key: [_is(str, line) for line in _is(list, row[key])] for key in ("test_imports", "test_list")}
-        return {"prompt": row["prompt"], "tests": "\n".join(row["test_list"])}, tests
-    # The paper's Countdown {"nums", "target"}; Dream's input "15,44,79,50", target last; d1's, target as output.
-    numbers = list(row["nums"]) if "nums" in row else row["input"].split(",")
-    target = row["target"] if "nums" in row else row["output"] if row["output"].isdigit() else numbers.pop()
-    values, target = [int(number) for number in numbers], int(target)
-    form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
-    shown = {"numbers": ", ".join(map(str, values)), "target": target, "form": form}
-    return shown, {"numbers": values, "target": target}
-
-
 MMLU_STAR = (  # App. A.1, the subjects on which both LLaDA and Dream are over 60 %
     "astronomy business_ethics clinical_knowledge college_biology college_medicine computer_security "
     "conceptual_physics elementary_mathematics high_school_biology high_school_computer_science "
@@ -1300,54 +1223,86 @@ BENCHMARKS: dict[str, Benchmark] = {
 LARGEST = 64 << 20  # bytes of a file of questions, unpacked; the owners' have less than one
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a csv, JSON or JSON lines file, gzipped or not."""
-    place = str(path)
-    try:
-        with path.open("rb") as file:
-            packed = file.peek(2)[:2] == b"\x1f\x8b"
-            data = (gzip.GzipFile(fileobj=file) if packed else file).read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise ValueError(f"over {LARGEST} bytes")
-        text = data.decode("utf-8-sig")
-        if path.suffix == ".csv":
-            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                yield place, row
-        elif text.lstrip().startswith("["):
-            yield from ((f"{path}, item {k}", row) for k, row in enumerate(json.loads(text), 1))
-        else:
-            for k, line in enumerate(text.split("\n"), 1):
-                place = f"{path}, line {k}"
-                if line.strip():
-                    yield place, json.loads(line)
-    except (OSError, EOFError, zlib.error, csv.Error, RecursionError, ValueError) as error:
-        raise ValueError(f"{place}: cannot be read, fetch the file from its owners again ({error})") from error
+def _rows(path: Path) -> Iterable[Any]:
+    """Of a csv, JSON or JSON lines file, gzipped or not."""
+    with path.open("rb") as file:
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        data = (gzip.GzipFile(fileobj=file) if packed else file).read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"over {LARGEST} bytes")
+    text = data.decode("utf-8-sig")
+    if path.suffix == ".csv":
+        return csv.reader(io.StringIO(text, newline=""), strict=True)
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return (json.loads(line) for line in text.split("\n") if line.strip())
+
+
+def _choice(question: str, choices: list[str], right: int) -> tuple[dict, str]:
+    letters = "ABCDE"[: len(choices)]
+    listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
+    form = f"LETTER', where LETTER is one of {', '.join(letters)}"
+    return {"question": question.strip(), "choices": listed, "form": form}, letters[right]
+
+
+def _parse(task: str, row: Any) -> tuple[dict, Any]:
+    """(fields of the template, gold) of one row in the owners' layout."""
+    match task, row:
+        case "mmlu" | "mmlu-star", [str(question), a, b, c, d, "A" | "B" | "C" | "D" as letter]:
+            return _choice(question, [a, b, c, d], "ABCD".index(letter))
+        case "arc-challenge", {"question": {"stem": str(question), "choices": choices}, "answerKey": right}:
+            labels = [choice["label"] for choice in choices]  # 3 to 5 letters or numbers; the prompt has letters
+            return _choice(question, [choice["text"] for choice in choices], labels.index(right))
+        case "winogrande", {"sentence": str(sentence), "option1": a, "option2": b, "answer": "1" | "2" as right}:
+            question = "Which choice belongs in the place of the _ in this sentence?\n" + sentence
+            return _choice(question, [a, b], int(right) - 1)
+        case "gsm8k", {"question": str(question), "answer": str(answer)}:
+            number = Fraction(answer.split("####")[1].strip().replace(",", ""))
+            return {"question": question, "form": "NUMBER', where NUMBER is the number alone"}, str(number)
+        case "math500", {"problem": str(question), "answer": str(answer)}:
+            return {"question": question, "form": "ANSWER', where ANSWER is the value alone, in LaTeX"}, answer
+        case "humaneval", {"prompt": str(prompt), "entry_point": str(name), "test": str(test)}:
+            prompt.index(f"def {name}")  # ValueError if it is not there
+            return {"prompt": prompt}, {"prompt": prompt, "entry_point": name, "test": test}
+        case "mbpp", {"prompt": str(prompt), "test_imports": [*imports], "test_list": [*tests]}:
+            "\n".join(imports)  # TypeError if one is no text
+            return {"prompt": prompt, "tests": "\n".join(tests)}, {"test_imports": imports, "test_list": tests}
+        case "countdown", {"nums": [*numbers], "target": target} | {"input": numbers, "output": str(target)}:
+            if isinstance(numbers, str):  # "15,44,79,50" of Dream ends in the target, which d1 has as its output
+                numbers = numbers.split(",")
+                target = target if target.isdigit() else numbers.pop()
+            numbers, target = [int(number) for number in numbers], int(target)
+            form = "EXPRESSION', where EXPRESSION is the expression alone without an equals sign"
+            gold = {"numbers": numbers, "target": target}
+            return {"numbers": str(numbers)[1:-1], "target": target, "form": form}, gold
+    raise ValueError("another layout")
 
 
 def read_questions(task: str, path: str | Path) -> list[Question]:
-    """The questions of a task (a key of BENCHMARKS) from the owners' file; ValueError names file, line and the mend."""
+    """The questions of a task (a key of BENCHMARKS) from the owners' file; ValueError names file, row and the mend."""
     if task not in BENCHMARKS:
         raise ValueError(f"no task {task!r}: choose one of {', '.join(BENCHMARKS)}")
     benchmark, path, questions = BENCHMARKS[task], Path(path), dict[str, Question]()
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
-        subject = re.sub(r"_(test|val|dev)$", "", file.stem)
-        for k, (place, row) in enumerate(_rows(file)):
-            try:
+        subject, count = re.sub(r"_(test|val|dev)$", "", file.stem), 0
+        if benchmark.subset and subject not in benchmark.subset.split():
+            continue
+        try:
+            for row in _rows(file):
                 fields, gold = _parse(task, row)
-                key = next((row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row), f"{subject}/{k}")
-                if any(value == "" or not isinstance(value, (str, int)) for value in [*fields.values(), key]):
+                named = [row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row and type(row) is dict]
+                key = [*named, f"{subject}/{count}"][0]
+                if "" in [*fields.values(), key] or not isinstance(key, str | int):
                     raise ValueError("an empty or wrong value")
-                prompt = benchmark.template.format(**fields)
-                prompt.encode()  # ValueError for half a character, which JSON can hold
-            except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-                raise ValueError(f"{place}: not a row for {task} ({error!r:.200}); give {benchmark.file}") from error
-            if subject not in (benchmark.subset.split() or [subject]):
-                continue
-            if str(key) in questions:
-                raise ValueError(f"{place}: {key!r:.80} was there before; give every question once")
-            questions[str(key)] = Question(str(key), prompt, gold)
+                if str(key) in questions:
+                    raise ValueError(f"{key!r:.80} was there before")
+                questions[str(key)] = Question(str(key), benchmark.template.format(**fields), gold)
+                questions[str(key)].prompt.encode()  # ValueError for half a character, which JSON can hold
+                count += 1
+        except (OSError, EOFError, zlib.error, csv.Error, ValueError, TypeError, ArithmeticError, LookupError,
+                RecursionError) as error:  # fmt: skip
+            told = f"{file}, row {count + 1}: no question for {task} ({type(error).__name__}: {error!s:.200})"
+            raise ValueError(f"{told}; give {benchmark.file}") from error
     if not questions:
         raise ValueError(f"{path}: no question for {task}; give {benchmark.file}")
     return list(questions.values())
@@ -1356,8 +1311,8 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
 def grade(task: str, question: Question, text: str, run_code: bool | str | None = None) -> tuple[str, bool]:
     """(answer, whether it is right) from the decoded answer region up to EOS. Code is run only where run_code asks for
     it: "unconfined", or anything else that is true for bubblewrap."""
-    benchmark, confined = BENCHMARKS[task], run_code != "unconfined"
-    answer = benchmark.extract(text)
+    benchmark = BENCHMARKS[task]
+    answer, confined = benchmark.extract(text), run_code != "unconfined"
     if benchmark.extract is not extract_code:
         return answer, benchmark.correct(answer, question.gold)
     if not run_code:
@@ -1548,8 +1503,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         told, code = "interrupted; with --out the same command goes on from here", 130
     except OSError as error:
-        told, code = str(error), 2
-        if error.errno and not error.filename:  # all files are named where they are opened
+        told, code = f"cannot use {error.filename}: {error.strerror}; mend that, and the same command goes on", 2
+        if error.filename is None:  # all files are named where they are opened or written
             told, code = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results", 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
     except (ValueError, RuntimeError, MemoryError) as error:

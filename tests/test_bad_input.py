@@ -5,7 +5,6 @@ toy members, a LLaDA and a Dream with their tokenizers, questions, and the recor
 called in this process, except where processes or the size of files matter.
 """
 
-import gzip
 import json
 import os
 import resource
@@ -21,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_benchmarks import needs_bwrap
-from test_mdlm import cut, edit, remove, tensors, word_level, write
+from test_mdlm import cut, edit, remove, tensors, write
 from test_real import QUESTIONS, folders  # noqa: F401, a fixture
 
 import eval as evaluation
@@ -75,10 +74,6 @@ def poison(name: str) -> Callable[[Path], object]:
     return tensors(lambda state: state[name].view(-1)[:1].fill_(torch.nan))
 
 
-def cast(dtype: torch.dtype) -> Callable[[Path], object]:
-    return tensors(lambda state: state.update({name: weight.to(dtype) for name, weight in state.items()}))
-
-
 def settings(change: Callable[[dict], object]) -> Callable[[Path], object]:
     """A change of the earlier run's settings.json."""
 
@@ -125,127 +120,110 @@ def rows(*values: object) -> Callable[[Path], object]:
     return put("gsm8k.jsonl", b"".join(json.dumps(value).encode() + b"\n" for value in values))
 
 
-GOOD = QUESTIONS[0]
 FREE = resource.getrlimit(resource.RLIMIT_FSIZE)
 NESTED = b"[" * 100_000
-LONG = "9" * 10_000_000
 
 # --- the table: command line; what the line on stderr says, in this order; what was done before -------------
 
 ARGUMENTS = [
-    # unknown, misspelt, abbreviated, incomplete
+    # unknown, abbreviated, incomplete
     ("eval --nonsense", "unrecognized arguments: --nonsense"),
     ("eval --problem 5", "--problem"),
-    ("eval --intervall 4", "--intervall"),
     ("eval --interval", "--interval ... expected one argument"),
     ("eval gsm8k", "unrecognized arguments: gsm8k"),
     ("eval '--two\nlines'", "unrecognized arguments: --two lines"),
-    ("eval --score tcc", "--score ... 'tcc' ... token_change_count"),
     ("eval --selection first", "--selection ... 'first' ... lowest_tcc"),
     ("eval --table 4", "--table ... '4' ... '10'"),
-    ("eval --table", "--table ... expected at least one argument"),
     ("eval --members a=x b=y --task gsm9k --data gsm8k.jsonl", "--task ... 'gsm9k' ... gsm8k"),
-    ("eval --members a", "'a' is not NAME=FOLDER"),
-    ("eval --members =llada b=dream", "'=llada' is not NAME=FOLDER"),
-    ("eval --members a/b=llada c=dream --task gsm8k --data gsm8k.jsonl --single", "'a/b=llada' is not NAME=FOLDER"),
-    ("eval --members {x}=llada c=dream --task gsm8k --data gsm8k.jsonl --single", "'{x}=llada' is not NAME=FOLDER"),
-    ("eval --members a=llada a=dream --task gsm8k --data gsm8k.jsonl", "--members names a twice"),
-    # numbers
+    *[(f"{REAL} --members {member} b=dream", f"'{member}' is not NAME=FOLDER")
+      for member in ("llada", "=llada", "a=", "a/b=llada", "{x}=llada")],
+    (f"{REAL} --members a=llada a=dream", "--members names a twice"),
+    (f"{REAL} --run-code freely", "--run-code ... 'freely' ... unconfined"),
+    # numbers, paths, devices
     ("eval --interval 0", "interval must be ... at least 1, ... not 0"),
     ("eval --interval 2.5", "--interval ... '2.5'"),
-    ("eval --top-k 0", "top_k must be ... at least 1, ... not 0"),
-    ("eval --block-size 0", "block_size must be ... at least 1, ... not 0"),
-    ("eval --batch-size 0", "--batch-size must be at least 1, not 0"),
-    ("eval --threshold 0", "threshold must be a number in (0, 1], not 0.0"),
-    ("eval --threshold 1.5", "threshold must be a number in (0, 1], not 1.5"),
     ("eval --threshold nan", "threshold must be a number in (0, 1], not nan"),
-    ("eval --problems 0", f"--problems 0: give 1 to {AVAILABLE}"),
-    ("eval --problems -1", f"--problems -1: give 1 to {AVAILABLE}"),
-    ("eval --problems 1000000", f"--problems 1000000: give 1 to {AVAILABLE}"),
-    ("eval --table 1 --problems 0", f"--problems 0: give 1 to {AVAILABLE}"),
-    ("eval --problem-seed 99999999999999999999", "--problem-seed 99999999999999999999: give"),
-    ("eval --problem-seed -1", "--problem-seed -1: give"),
+    *[(f"eval --problems {count}", f"--problems {count}: give 1 to {AVAILABLE}") for count in (0, -1, AVAILABLE + 1)],
+    (f"eval --trace {AVAILABLE + 1}", f"--trace {AVAILABLE + 1}: give 1 to {AVAILABLE}"),
+    *[(f"eval --problem-seed {seed}", f"--problem-seed {seed}: give") for seed in (-1, 2**32)],
     ("eval --seed -1", "seed is -1, but must be from 0"),
     ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296, but must be from 0"),
-    ("eval --table 1 --seeds 0", "--seeds must be at least 1 and at most 1000, not 0"),
-    ("eval --trace -1", "--trace must be at least 1, not -1"),
-    (f"eval --trace {AVAILABLE + 1}", f"--trace {AVAILABLE + 1}: give 1 to {AVAILABLE}"),
     ("eval --steps 0", "steps is 0, but must be from 1"),
-    ("eval --table 1 --seeds 1000000000", "--seeds must be at least 1 and at most 1000, not 1000000000"),
-    ("eval --out ''", "--out ... an empty path"),
-    ("eval --checkpoints ''", "--checkpoints ... an empty path"),
-    (f"{REAL} --data ''", "--data ... an empty path"),
-    (f"{REAL} --run-code freely", "--run-code ... 'freely' ... unconfined"),
+    *[(f"eval --table 1 --seeds {n}", f"--seeds must be at least 1 and at most 1000, not {n}") for n in (0, 10**9)],
+    *[(f"{line} 0", f"{line.split()[-1]} must be at least 1, not 0")
+      for line in ("eval --trace", "eval --batch-size", f"{REAL} --limit")],
+    *[(f"eval {option} ''", f"{option} ... an empty path") for option in ("--out", "--checkpoints", "--data", "--figure")],
     ("eval --device cpu cpu", "--device has 2 values for 1 members: give one, or one each"),
-    ("eval --device abacus", "--device abacus cannot be used"),
-    ("eval --unsolved", "--unsolved is for --trace: give it too"),
-    (f"{REAL} --limit 0", "--limit must be at least 1, not 0"),
+    (f"{REAL} --device cpu cpu cpu", "--device has 3 values for 2 members: give one, or one each"),
+    *[(f"{line} --device {device}", f"--device {device} cannot be used")
+      for line in ("eval", REAL) for device in ("abacus", "meta")],
     # what excludes each other, or lacks its other half
     ("eval --threshold 0.9 --top-k 2", "threshold ... exclude each other"),
     ("eval --json --trace 1", "leave out one of --trace and --json"),
     ("eval --seeds 2", "--seeds is for --table: give it too"),
-    ("eval --table 7 --threshold 0.9", "their own --threshold: leave it out"),
-    ("eval --table 3 --score negative_entropy", "their own --score: leave it out"),
-    ("eval --table 3 --trace 1", "their own --trace: leave it out"),
-    ("eval --figure figures --json", "leave out --json"),
-    ("eval --figure figures --seeds 2 --table 1", "leave out --json, --trace and --seeds"),
-    ("eval --members a=llada b=dream --table 1", "--table is for the toy: leave out --members"),
-    (f"{REAL} --problems 10", "--problems is for the toy: leave out --members"),
-    (f"{REAL} --seed 1", "--seed is for the toy: leave out --members"),
-    (f"{REAL} --checkpoints other", "--checkpoints is for the toy: leave out --members"),
-    ("eval --task gsm8k", "--task is for real checkpoints: give --members too"),
-    ("eval --limit 5", "--limit is for real checkpoints: give --members too"),
-    ("eval --run-code", "--run-code is for real checkpoints: give --members too"),
+    ("eval --unsolved", "--unsolved is for --trace: give it too"),
+    *[(f"eval --table 3 {option} {value}", f"their own {option}: leave it out")
+      for option, value in (("--threshold", 0.9), ("--score", "negative_entropy"), ("--trace", 1))],
+    *[(f"eval --figure figures {more}", "leave out --json, --trace and --seeds") for more in ("--json", "--seeds 2 --table 1")],
+    *[(f"eval --members a=llada b=dream {option} {value}", f"{option} is for the toy: leave out --members")
+      for option, value in (("--table", 1), ("--problems", 10), ("--seed", 1), ("--checkpoints", "other"))],
+    *[(f"eval {option} {value}", f"{option} is for real checkpoints: give --members too")
+      for option, value in (("--task", "gsm8k"), ("--limit", 5), ("--run-code", ""))],
     ("eval --members a=llada b=dream", "--members needs --task and --data"),
     ("eval --members a=llada b=dream --task gsm8k", "--members needs --task and --data"),
-    ("eval --members a=llada --task gsm8k --data gsm8k.jsonl", "one member is no ensemble: give ... or add --single"),
-    (f"{REAL} --device cpu cpu cpu", "--device has 3 values for 2 members: give one, or one each"),
-    (f"{REAL} --device abacus", "--device abacus cannot be used"),
-    (f"{REAL} --device meta", "--device meta cannot be used"),
+    (f"{REAL} --members a=llada", "one member is no ensemble: give ... or add --single"),
     # training
     ("train_toy --step 3", "--step"),
-    ("train_toy --seeds 3", "--seeds"),
     ("train_toy --steps many", "--steps ... 'many'"),
-    ("train_toy --steps 0", "steps is 0, but must be from 1"),
-    ("train_toy --seed -1", "seed is -1, but must be from 0"),
-    ("train_toy --lr inf", "lr is inf, but must be from"),
     ("train_toy --lr nan", "lr is nan, but must be from"),
-    ("train_toy --gaps 17", "gaps is 17, but must be from 0 to 16"),
-    ("train_toy --hidden 1", "hidden is 1.0, but must be from 0 to 0.99"),
-    ("train_toy --width 12", "width is 12, but must be a multiple of 8"),
-    ("train_toy --members 0", "members is 0"),
-    ("train_toy --members 5", "members is 5"),
-    ("train_toy --device abacus --out checkpoints/toy-seed0 --seed 1", "device 'abacus' ... try cpu"),
-    ("train_toy --device meta --out checkpoints/toy-seed0 --seed 1", "device 'meta' ... try cpu"),
+    *[(f"train_toy --members {count}", f"members is {count}") for count in (0, 5)],
+    *[(f"train_toy --device {device} --out checkpoints/toy-seed0 --seed 1", f"device '{device}' ... try cpu")
+      for device in ("abacus", "meta")],
+]  # fmt: skip
+
+CONFIG = [  # of a toy member; more of them in test_mdlm
+    ("missing or damaged ... write the file again", put("config.json", b'{"a": "\xff"}')),
+    ("missing or damaged ... write the file again", put("config.json", NESTED)),
+    ("unknown model_type 'gpt2'; give one of mdlm", edit(model_type="gpt2")),
+    ("width must be ... not '64'", edit(width="64")),
+    ("layers must be ... not True", edit(layers=True)),
+    ("layers must be ... at most 1000, not 1000000000", edit(layers=10**9)),
+    (f"width must be ... at most 16777216, not {2**63}", edit(width=2**63)),
+    (f"vocab_size must be ... not {2**63}", edit(vocab_size=2**63)),
+    ("shift must be true or false, not 'no'", edit(shift="no")),
+    ("rope_theta must be ... not nan", edit(rope_theta=float("nan"))),
+    ("eos_id must", edit(eos_id=[])),
 ]
+REAL_FOLDERS = [
+    ("dream/config.json: missing or damaged ... fetch", "dream", put("config.json", make=dir)),
+    ("dream/config.json: eos_id ... lies outside", "dream", edit(eos_token_id=[[1]])),
+    ("dream/config.json: width must be ... not [32]", "dream", edit(hidden_size=[32])),
+    (f"llada/config.json: max_length must be ... not {2**63}", "llada", edit(max_sequence_length=2**63)),
+    ("llada/config.json: rope_float32 must be true or false", "llada", edit(rope_full_precision="yes")),
+    ("dream/model.safetensors: missing or damaged ... fetch", "dream", put("model.safetensors", make=dir)),
+    ("member 'dream' gave NaN logits: check its weights", "dream", poison("lm_head.weight")),
+    ("index.json: holds no JSON object", "llada", write("model.safetensors.index.json", "[]")),
+    ("'weight_map' does not map", "llada", write("model.safetensors.index.json", '{"weight_map": {"a": 1}}')),
+    *[("dream: tokenizer cannot be used", "dream", damage) for damage in (
+        remove("tokenizer.json"), cut("tokenizer.json", 3_000), put("tokenizer.json", b"\xff\xfe{}"),
+        put("tokenizer.json", make=dir))],
+]  # fmt: skip
+SETTINGS = [at("results", damage) for damage in (
+    remove("settings.json"), cut("settings.json", 99), put("settings.json", NESTED), put("settings.json", make=dir),
+    loop("settings.json"), write("settings.json", "[]"))] + [settings(change) for change in (
+        lambda value: value.update(settings=[]), lambda value: value.pop("fingerprints"))]  # fmt: skip
+NO_RECORDS = [b"[]\n", b"\n", b'{"id": "1234*5="}\n', b'{"id": "1234*5=", \n', b"\x00\xff\n", NESTED + b"\n", *(
+    line(**changes) for changes in (
+        {"correct": ["x", "y"]}, {"correct": [True]}, {"winner": 2}, {"winner": True}, {"winner": -1}, {"leaders": [2]},
+        {"leaders": 5}, {"tcc": ["x", 0.0]}, {"tcc": []}, {"tcc": {"a": 0.0, "b": 0.0}}, {"tcc": [float("nan"), 0.0]},
+        {"tcc": [float("inf"), 0.0]}, {"tcc": [None, 0.0]}, {"tcc": [10**400, 0.0]}, {"top1": [0.5]}, {"scores": [[0.5]]},
+        {"scores": [["a", "b"]]}, {"scores": None}, {"forwards": float("nan")}, {"forwards": "64"}, {"answers": ["a"]},
+        {"answers": [1, 2]}, {"texts": ["a", "b"]}, {"id": 5}, {"id": ["i"]}))]  # fmt: skip
 
 DAMAGED = [
     # toy members
-    (TOY, "B/config.json: missing or damaged ... write the file again", at(B, write("config.json", ""))),
-    (TOY, "B/config.json: missing or damaged ... write the file again", at(B, write("config.json", "{"))),
-    (TOY, "B/config.json: missing or damaged ... write the file again", at(B, cut("config.json", 90))),
-    (TOY, "B/config.json: missing or damaged ... write the file again", at(B, put("config.json", b'{"a": "\xff"}'))),
-    (TOY, "B/config.json: missing or damaged ... write the file again", at(B, put("config.json", NESTED))),
-    (TOY, "B/config.json: holds no JSON object ... write the file again", at(B, write("config.json", "[]"))),
-    (TOY, "B/config.json: unknown model_type 'gpt2'; give one of mdlm", at(B, edit(model_type="gpt2"))),
-    (TOY, "B/config.json: 'heads' is missing", at(B, edit(heads=...))),
-    (TOY, "B/config.json: width must be ... not '64'", at(B, edit(width="64"))),
-    (TOY, "B/config.json: layers must be ... not True", at(B, edit(layers=True))),
-    (TOY, "B/config.json: layers must be ... at most 1000, not 1000000000", at(B, edit(layers=10**9))),
-    (TOY, f"B/config.json: width must be ... at most 16777216, not {2**63}", at(B, edit(width=2**63))),
-    (TOY, f"B/config.json: vocab_size must be ... not {2**63}", at(B, edit(vocab_size=2**63))),
-    (TOY, "B/config.json: shift must be true or false, not 'no'", at(B, edit(shift="no"))),
-    (TOY, "B/config.json: rope_theta must be ... not nan", at(B, edit(rope_theta=float("nan")))),
-    (TOY, "B/config.json: eos_id must", at(B, edit(eos_id=[]))),
-    (TOY, "B/config.json: mask_id 17 lies outside the vocabulary of 17", at(B, edit(mask_id=17))),
-    (TOY, "B/model.safetensors: missing or damaged ... write the file again", at(B, write("model.safetensors", ""))),
-    (TOY, "B/model.safetensors: missing or damaged ... write the file again", at(B, cut("model.safetensors", 9_000))),
-    (TOY, "B/model.safetensors: missing or damaged", at(B, put("model.safetensors", b"\xff" * 9_000))),
-    (TOY, "B/model.safetensors: head.weight has shape [16, 64]",
-     at(B, tensors(lambda s: s.update({"head.weight": s["head.weight"][:16].clone()})))),
-    (TOY, "B: tensor norm.weight is in none of its files", at(B, tensors(lambda s: s.pop("norm.weight")))),
-    (TOY, "B/model.safetensors: unexpected tensor more", at(B, tensors(lambda s: s.update(more=torch.ones(1))))),
-    (TOY, "B/model.safetensors: embed.weight holds I32", at(B, cast(torch.int32))),
+    *[(TOY, f"B/config.json: {told}", at(B, damage)) for told, damage in CONFIG],
+    (TOY, "B/model.safetensors: missing or damaged", at(B, cut("model.safetensors", 9_000))),
     (TOY, "member 'B' gave NaN logits: check its weights", at(B, poison("head.weight"))),
     (f"{TOY} --checkpoints gsm8k.jsonl", "cannot write to folder gsm8k.jsonl/toy-seed0/A ... give"),
     # the second of two folders cannot be written: the record of the first must stay
@@ -257,118 +235,33 @@ DAMAGED = [
     (f"{REAL} --members llada=llada dream=no/where", "--members no/where: no such folder here, and the Hub cannot be"),
     (f"{REAL} --members llada=llada dream=no--/where", "--members no--/where: no such folder here, and no such model"),
     (f"{REAL} --members llada=llada dream=checkpoints/toy-seed0/A", "toy-seed0/A: tokenizer cannot be used"),
-    (REAL, "dream/config.json: missing or damaged ... fetch", at("dream", put("config.json", make=dir))),
-    (REAL, "dream/config.json: missing or damaged ... fetch", at("dream", put("config.json", NESTED))),
-    (REAL, "llada/config.json: missing or damaged ... fetch", at("llada", cut("config.json", 200))),
-    (REAL, "llada/config.json: holds no JSON object", at("llada", write("config.json", '"llada"'))),
-    (REAL, "llada/config.json: rope_float32 must be true or false", at("llada", edit(rope_full_precision="yes"))),
-    (REAL, "llada/config.json: rope_theta must be ... inf", at("llada", edit(rope_theta=float("inf")))),
-    (REAL, "dream/config.json: eos_id ... lies outside", at("dream", edit(eos_token_id=[[1]]))),
-    (REAL, "dream/config.json: width must be ... not [32]", at("dream", edit(hidden_size=[32]))),
-    (REAL, f"llada/config.json: max_length must be ... not {2**63}", at("llada", edit(max_sequence_length=2**63))),
-    (REAL, "dream/model.safetensors: missing or damaged", at("dream", write("model.safetensors", ""))),
-    (REAL, "dream/model.safetensors: missing or damaged", at("dream", put("model.safetensors", make=dir))),
-    (REAL, "dream/model.safetensors: missing or damaged", at("dream", cut("model.safetensors", 40_000))),
-    (REAL, "dream/model.safetensors: lm_head.weight has shape",
-     at("dream", tensors(lambda s: s.update({"lm_head.weight": s["lm_head.weight"][1:].clone()})))),
-    (REAL, "dream/model.safetensors: lm_head.weight holds I32", at("dream", cast(torch.int32))),
-    (REAL, "member 'dream' gave NaN logits: check its weights", at("dream", poison("lm_head.weight"))),
+    *[(REAL, told, at(family, damage)) for told, family, damage in REAL_FOLDERS],
     (f"{REAL} --single", "member 'llada' gave NaN logits", at("llada", poison("model.transformer.ln_f.weight"))),
-    (REAL, "llada/model.safetensors.index.json: holds no JSON object",
-     at("llada", write("model.safetensors.index.json", "[]"))),
-    (REAL, "'weight_map' does not map", at("llada", write("model.safetensors.index.json", '{"weight_map": {"a": 1}}'))),
-    (REAL, "'weight_map' does not map",
-     at("llada", write("model.safetensors.index.json", '{"weight_map": {"a": "../dream/model.safetensors"}}'))),
-    (REAL, "llada/model-2.safetensors: missing or damaged",
-     at("llada", write("model.safetensors.index.json", '{"weight_map": {"a": "model-2.safetensors"}}'))),
-    # tokenizers
-    (REAL, "dream: tokenizer cannot be used", at("dream", remove("tokenizer.json"))),
-    (REAL, "dream: tokenizer cannot be used", at("dream", write("tokenizer.json", ""))),
-    (REAL, "dream: tokenizer cannot be used", at("dream", cut("tokenizer.json", 3_000))),
-    (REAL, "dream: tokenizer cannot be used", at("dream", put("tokenizer.json", b"\xff\xfe{}"))),
-    (REAL, "dream: tokenizer cannot be used", at("dream", put("tokenizer.json", make=dir))),
-    (REAL, "dream: tokenizer cannot be used ... no token ... is it of another model?",
-     lambda folder: shutil.copy(folder / "llada" / "tokenizer.json", folder / "dream")),
-    (REAL, "dream: tokenizer cannot be used ... no byte-level BPE", at("dream", word_level)),
-    (REAL, "dream: tokenizer cannot be used ... beyond the model's vocabulary", at("dream", edit(vocab_size=355))),
-    # questions
-    (f"{REAL} --data nowhere", "nowhere: cannot be read"),
-    (f"{REAL} --data /dev/zero", "/dev/zero: cannot be read ... over 67108864 bytes"),
+    # questions; more of them in test_benchmarks
+    (f"{REAL} --data nowhere", "nowhere, row 1: no question for gsm8k ... No such file ... give GSM8K's test.jsonl"),
     (f"{REAL} --data dream", "dream: no question for gsm8k; give GSM8K's test.jsonl"),
-    (REAL, "gsm8k.jsonl: no question for gsm8k; give GSM8K's test.jsonl", rows()),
-    (REAL, "gsm8k.jsonl, line 1: cannot be read, fetch", put("gsm8k.jsonl", b"PK\x03\x04\x00\x00")),
-    (REAL, "gsm8k.jsonl: cannot be read, fetch", put("gsm8k.jsonl", b"\x89PNG\r\n\x1a\n\x00\x00")),
-    (REAL, "gsm8k.jsonl: cannot be read, fetch", put("gsm8k.jsonl", json.dumps(GOOD).encode("utf-16"))),
-    (REAL, "gsm8k.jsonl: cannot be read, fetch",
-     put("gsm8k.jsonl", json.dumps(GOOD).encode() + b'\n{"question": "\xe9"}')),
-    (REAL, "gsm8k.jsonl, line 2: cannot be read, fetch",
-     put("gsm8k.jsonl", json.dumps(GOOD).encode() + b"\n" + json.dumps(GOOD).encode()[:30])),
-    (REAL, "gsm8k.jsonl: cannot be read, fetch", put("gsm8k.jsonl", gzip.compress(json.dumps(GOOD).encode())[:-9])),
-    (REAL, "gsm8k.jsonl, line 1: cannot be read, fetch", put("gsm8k.jsonl", b'{"question": ' + NESTED)),
-    (REAL, "gsm8k.jsonl, line 1: cannot be read, fetch", put("gsm8k.jsonl", b"x" * 10_000_000)),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {"problem": "P", "answer": "1"})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {**GOOD, "question": ["Q"]})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {**GOOD, "question": None})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {**GOOD, "answer": 5})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {**GOOD, "answer": f"#### {LONG}"})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, {**GOOD, "question": "\ud800"})),
-    (REAL, "line 2: not a row for gsm8k ... give GSM8K's test.jsonl", rows(GOOD, None)),
-    (REAL, "line 2: 7 was there before; give every question once", rows({**GOOD, "id": 7}, {**GOOD, "id": 7})),
+    (REAL, "gsm8k.jsonl, row 2: no question for gsm8k ... give GSM8K's test.jsonl", rows(QUESTIONS[0], {"problem": "P"})),
     (REAL, "question gsm8k/1 ... over 1024 of member 'llada': leave it out",
-     rows(GOOD, {**GOOD, "question": "9" * 2000})),
-    (f"{REAL} --task math500", "line 1: not a row for math500", rows({"problem": "P", "answer": 5})),
-    (f"{REAL} --task humaneval --run-code", "line 1: not a row for humaneval",
-     rows({"task_id": "0", "prompt": "def f():\n", "entry_point": "f", "test": None})),
-    (f"{REAL} --task mbpp --run-code", "line 1: not a row for mbpp ... give sanitized-mbpp.json",
-     rows({"task_id": 2, "prompt": "P", "test_imports": None, "test_list": ["assert f()"]})),
-    (f"{REAL} --task mbpp --run-code", "line 1: not a row for mbpp ... give sanitized-mbpp.json",
-     rows({"task_id": 2, "prompt": "P", "test_imports": [], "test_list": "assert f()"})),
+     rows(QUESTIONS[0], {**QUESTIONS[0], "question": "9" * 2000})),
     (f"{REAL} --task mbpp", "grading mbpp runs the model's code: pass --run-code to allow it",
      rows({"task_id": 2, "prompt": "P", "test_imports": [], "test_list": ["assert f()"]})),
-    (f"{REAL} --task countdown", "line 1: not a row for countdown", rows({"nums": None, "target": 5})),
     # --out and --figure
-    (f"{TOY} --out gsm8k.jsonl", "cannot use --out gsm8k.jsonl ... give a folder that can be written"),
-    (f"{TOY} --out gsm8k.jsonl/deeper", "cannot use --out gsm8k.jsonl/deeper ... give a folder"),
-    (f"{TOY} --out {'x' * 300}", "cannot use --out xxx ... give a folder that can be written"),
-    (f"{REAL} --out gsm8k.jsonl", "cannot use --out gsm8k.jsonl ... give a folder that can be written"),
+    *[(f"{line} --out {out}", f"cannot use {out}: ... mend that")
+      for line, out in ((TOY, "gsm8k.jsonl"), (TOY, "gsm8k.jsonl/deeper"), (TOY, "x" * 300), (REAL, "gsm8k.jsonl"))],
     (f"{TOY} --figure gsm8k.jsonl", "cannot use --figure gsm8k.jsonl ... mend that"),
     (f"{AGAIN} --interval 5", "results holds results of another config: give another --out"),
     (f"{AGAIN} --problems 4 --seed 1", "results holds results of another problems, training, questions: give another --out"),
     (f"{REAL} --out results", "results holds results of another task ... give another --out"),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", write("settings.json", ""))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", cut("settings.json", 99))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", b"\xff"))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", NESTED))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", write("settings.json", "[]"))),
-    (AGAIN, "results/settings.json is missing or damaged: move", settings(dict.clear)),
-    (AGAIN, "results/settings.json is missing or damaged: move", settings(lambda value: value.update(settings=[]))),
-    (AGAIN, "results/settings.json is missing or damaged: move", settings(lambda value: value.pop("fingerprints"))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", put("settings.json", make=dir))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", remove("settings.json"))),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b"[]\n")),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": "1234*5="}\n')),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": ["1234*5="]}\n')),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"id": "1234*5=", \n')),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b"\x00\xff\n")),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(winner=7))),
-    *[(AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line(**changes))) for changes in (
-        {"correct": ["x", "y"]}, {"correct": [True]}, {"winner": 2}, {"winner": True}, {"winner": -1}, {"leaders": [2]},
-        {"leaders": 5}, {"tcc": ["x", 0.0]}, {"tcc": []}, {"tcc": {"a": 0.0, "b": 0.0}}, {"tcc": [float("nan"), 0.0]},
-        {"tcc": [float("inf"), 0.0]}, {"tcc": [10**400, 0.0]}, {"top1": [0.5]}, {"scores": [[0.5]]}, {"scores": [["a", "b"]]},
-        {"scores": None}, {"forwards": float("nan")}, {"forwards": "64"}, {"answers": ["a"]}, {"answers": [1, 2]},
-        {"texts": ["a", "b"]}, {"id": 5}, {"id": ["i"]},
-    )],
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(b'{"tcc": [1e999, 0.0]}\n')),
-    (AGAIN, f"cannot read results/{TIE}: Too many levels of symbolic links; mend that", at("results", loop(TIE))),
-    (AGAIN, f"cannot read results/{OTHER}: Too many levels", at("results", loop(OTHER))),
-    (AGAIN, "results/settings.json is missing or damaged: move", at("results", loop("settings.json"))),
     (AGAIN, "results holds results of another weights of B: give another --out", at(B, reweighted)),
     (AGAIN, "results holds results of another questions: give another --out",
      settings(lambda value: value["fingerprints"].update(questions="0"))),
-    (AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(NESTED + b"\n")),
-    (AGAIN, f"results/{TIE}", at("results", put(TIE, make=dir))),
+    *[(AGAIN, "results/settings.json is missing or damaged: move", damage) for damage in SETTINGS],
+    *[(AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line)) for line in NO_RECORDS],
+    (AGAIN, f"cannot use results/{TIE}: Is a directory; mend that", at("results", put(TIE, make=dir))),
+    *[(AGAIN, f"cannot use results/{name}: Too many levels of symbolic links; mend that", at("results", loop(name)))
+      for name in (TIE, OTHER)],
     (AGAIN, f"cannot write results/{TIE} ... same command goes on", full_disk(f"results/{TIE}", 900, record(b"", 2))),
-    (f"{TOY} --out fresh", "cannot use --out fresh ... File too large", full_disk("fresh", 50)),
+    (f"{TOY} --out fresh", "cannot write fresh/settings.json: File too large", full_disk("fresh", 50)),
     (AGAIN, "cannot write results/summary.json ... same command goes on",
      full_disk("results/settings.json", 10, at("results", remove("summary.json")))),
 ]  # fmt: skip
@@ -497,7 +390,7 @@ def test_processes_that_torchrun_never_starts(given, place, monkeypatch, capsys)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert evaluation.main(shlex.split(REAL)[1:]) == 2
-    assert "in the environment: unset them, or use torchrun" in capsys.readouterr().err
+    assert ": unset them, or use torchrun" in capsys.readouterr().err
 
 
 def test_a_damaged_file_put_aside_is_not_read(place, capsys):
@@ -515,7 +408,7 @@ def test_results_that_cannot_be_written_stay_as_they_are(place):
     before = contents(place)
     line = f"bwrap --dev-bind / / --ro-bind {place}/results {place}/results {sys.executable} {ROOT}/{AGAIN.replace('eval', 'eval.py', 1)}"
     done = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False)
-    check(done.returncode, done.stdout, done.stderr, "eval", "cannot use --out results ... give a folder", before, contents(place))
+    check(done.returncode, done.stdout, done.stderr, "eval", "cannot write results/settings.json", before, contents(place))
 
 
 @pytest.mark.parametrize("change", [

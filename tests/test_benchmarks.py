@@ -49,7 +49,7 @@ ARC = [{"id": key, "question": {"stem": "Which?", "choices": [{"text": t, "label
         "answerKey": right} for key, texts, labels, right in (
             ("a", "pqrs", "ABCD", "D"), ("b", "pqr", "123", "2"), ("c", "pqrst", "ABCDE", "E"))]  # fmt: skip
 SAMPLES = {  # task -> (file name, rows, right answers, a wrong answer)
-    "mmlu": ("astronomy_test.csv", [["Q, one?", "a", "b", "c", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]],
+    "mmlu": ("astronomy_test.csv", [["Q, one?", "a", "b", "id", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]],
              ["B", "D"], "C"),
     "arc-challenge": ("arc.jsonl", ARC, ["D", "B", "E"], "A"),
     "winogrande": ("dev.jsonl", [{"qID": "w", "sentence": "Ann met Bo so _ ran.", "option1": "Ann", "option2": "Bo",
@@ -101,7 +101,7 @@ def test_prompt_holds_the_question_and_asks_for_what_the_suffix_announces(task, 
     name, rows, _, _ = SAMPLES[task]
     prompt = benchmarks.read_questions(task, write(tmp_path, name, rows))[0].prompt
     shown = {
-        "mmlu": "Q, one?\n\nA) a\nB) b\nC) c\nD) d", "arc-challenge": "Which?\n\nA) p",
+        "mmlu": "Q, one?\n\nA) a\nB) b\nC) id\nD) d", "arc-challenge": "Which?\n\nA) p",
         "winogrande": "so _ ran.\n\nA) Ann\nB) Bo", "gsm8k": "Q\u2028?", "math500": "P",
         "humaneval": HUMANEVAL["prompt"], "mbpp": "assert halve(5) == 2", "countdown": "15, 44, 79",
     }
@@ -128,59 +128,68 @@ def test_mbpp_reads_all_of_its_file_and_humaneval_gzip(tmp_path):
     assert [q.id for q in benchmarks.read_questions("humaneval", packed)] == ["HumanEval/0"]
 
 
-GSM = json.dumps({"question": "Q", "answer": "#### 1"}).encode()
-PACKED = gzip.compress(json.dumps(HUMANEVAL).encode())
+GSM, PACKED = {"question": "Q", "answer": "#### 1"}, gzip.compress(json.dumps(HUMANEVAL).encode())
+MATH = {"problem": "P", "answer": "1", "unique_id": "u"}
+NO_ROWS = {  # rows that are none of the task's, each after a good one
+    "gsm8k": (GSM, ["text", None, [], {}, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"}, {**GSM, "answer": 5},
+                    {**GSM, "answer": f"#### {'9' * 10**7}"}, *({**GSM, "question": text} for text in ("", None, ["Q"], "\ud800")),
+                    {**GSM, "id": ""}, {**GSM, "id": ["i"]}]),
+    "math500": (MATH, [GSM, MATH, {"problem": "P", "answer": 5}]),
+    "arc-challenge": (ARC[0], [GSM, {**ARC[1], "answerKey": "D"}]),
+    "winogrande": (SAMPLES["winogrande"][1][0], [GSM, {"sentence": "_", "option1": "a", "option2": "b", "answer": "3"}]),
+    "mmlu": (["q", "a", "b", "c", "d", "A"], [["q", "a", "b"], ["q", "a", "b", "c", "d", "E"], ["", "a", "b", "c", "d", "A"]]),
+    "humaneval": (HUMANEVAL, [GSM, HUMANEVAL, {**HUMANEVAL, "entry_point": "other"}, {**HUMANEVAL, "test": None}]),
+    "mbpp": (MBPP[0], [MBPP[0], {**MBPP[1], "test_imports": None}, {**MBPP[1], "test_imports": [5]},
+                       {**MBPP[1], "test_list": "assert f()"}, {**MBPP[1], "test_list": []}]),
+    "countdown": ({"nums": [1, 2], "target": 3}, [GSM, {"input": "1,b,3", "output": "x"}, {"nums": None, "target": 5}]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("task, name, content, words", [
-    ("gsm8k", "e.jsonl", b"", "no question for gsm8k"), ("gsm8k", "e.jsonl", b"\n \n", "no question for gsm8k"),
-    ("gsm8k", "e.jsonl", b"\x80\x04\xff\x00", "fetch the file"),
-    ("gsm8k", "e.jsonl", GSM + b"\n" + GSM[:20], "line 2: cannot be read"),
-    ("gsm8k", "e.jsonl", GSM + b"\n" + b'{"question": "Q"}', "line 2: not a row for gsm8k"),
-    ("gsm8k", "e.jsonl", b'{"question": "Q", "answer": "no mark"}', "line 1: not a row"),
-    ("gsm8k", "e.jsonl", b'{"question": "", "answer": "#### 1"}', "line 1: not a row"),
-    ("gsm8k", "e.jsonl", b'"text"', "line 1: not a row"), ("gsm8k", "e.jsonl", b"[" * 100000, "fetch the file"),
-    ("gsm8k", "e.csv", b"a,b,c\n", "line 1: not a row for gsm8k"),
-    ("math500", "e.jsonl", GSM, "line 1: not a row for math500"),
-    ("math500", "e.jsonl", b'{"problem": "P", "answer": "1", "unique_id": "u"}\n' * 2, "line 2: 'u' was there before"),
-    ("arc-challenge", "e.jsonl", GSM, "line 1: not a row for arc-challenge"),
-    ("winogrande", "e.jsonl", b'{"sentence": "_", "option1": "a", "option2": "b", "answer": "3"}', "line 1: not a row"),
-    ("mmlu", "e.csv", b"q,a,b,c,d,A\nq,a,b\n", "line 2: not a row for mmlu"),
-    ("mmlu", "e.csv", b'q,a,b,c,d,A\n"q,a,b,c', "cannot be read"), ("mmlu", "e.csv", b"q,a,b,c,d,E\n", "line 1: not a row"),
-    ("mmlu-star", "anatomy_test.csv", b"q,a,b,c,d,A\n", "no question for mmlu-star"),
-    ("mmlu", "e.jsonl", GSM, "line 1: not a row for mmlu"),
-    ("humaneval", "e.jsonl.gz", PACKED[: len(PACKED) // 2], "fetch the file"),
-    ("humaneval", "e.jsonl", json.dumps({**HUMANEVAL, "entry_point": "other"}).encode(), "line 1: not a row"),
-    ("mbpp", "e.json", json.dumps(MBPP).encode()[:-9], "fetch the file"),
-    ("mbpp", "e.json", json.dumps(MBPP[1:2] * 2).encode(), "item 2: 11 was there before"),
-    ("countdown", "e.jsonl", b'{"input": "1,b,3", "output": "x"}', "line 1: not a row"),
-    ("countdown", "e.jsonl", GSM, "line 1: not a row for countdown"),
-])  # fmt: skip
-def test_malformed_files_give_one_clear_line(task, name, content, words, tmp_path):
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize("task, good, bad", [(task, good, bad) for task, (good, rows) in NO_ROWS.items() for bad in rows])
+def test_a_row_that_is_none_of_the_task_s_is_one_clear_line(task, good, bad, tmp_path):
+    file = tmp_path / SAMPLES[task][0]
+    lines = [json.dumps(row) for row in (good, bad)]
+    write(tmp_path, file.name, [good, bad]) if file.suffix == ".csv" else file.write_text("\n".join(lines))
+    assert refusal(task, file).startswith(f"{file}, row 2: no question for {task} (")
+
+
+def refusal(task, file):
     with pytest.raises(ValueError) as caught:
-        benchmarks.read_questions(task, tmp_path / name)
+        benchmarks.read_questions(task, file)
     message = str(caught.value)
-    assert words in message and str(tmp_path / name) in message and "\n" not in message
+    assert message.endswith(f"; give {benchmarks.BENCHMARKS[task].file}") and "\n" not in message and len(message) < 600
+    return message
+
+
+@pytest.mark.parametrize("name, content, row", [
+    ("gsm8k.jsonl", b"", None), ("gsm8k.jsonl", b"\n \n", None), ("mmlu-star.csv", b"q,a,b,c,d,A\n", None),
+    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.jsonl", b"PK\x03\x04\x00\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1),
+    ("gsm8k.jsonl", json.dumps(GSM).encode("utf-16"), 1), ("gsm8k.jsonl", b'{"question": "\xe9"}', 1),
+    ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("gsm8k.jsonl", b"x" * 10**7, 1),
+    ("gsm8k.jsonl", b"[" * 100000, 1), ("gsm8k.jsonl", b'{"question": ' + b"[" * 100000, 1),
+    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
+    ("humaneval.gz", PACKED[: len(PACKED) // 2], 1), ("humaneval.gz", PACKED[:-9], 1),
+    ("mbpp.json", json.dumps(MBPP).encode()[:-9], 1), ("mmlu.nowhere", None, 1),
+])  # fmt: skip
+def test_a_malformed_file_is_one_clear_line(name, content, row, tmp_path):
+    task, file = name.split(".")[0], tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    assert refusal(task, file).startswith(f"{file}, row {row}: no question" if row else f"{file}: no question")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_without_end_is_no_benchmark(packed, tmp_path):
     """Under a limit on memory: what is read of it is bounded."""
-    source = "/dev/zero"
+    source = tmp_path / "zeros.gz" if packed else "/dev/zero"
     if packed:
-        source = tmp_path / "zeros.gz"
-        block = gzip.compress(bytes(1 << 26))
-        source.write_bytes(block * 32)  # 2 GiB in 2 MiB
-    code = f"import eval; eval.read_questions('gsm8k', {str(source)!r})"
-    done = subprocess.run([sys.executable, "-c", f"import eval, resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2); {code}"],
-                          cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
-    assert f"ValueError: {source}: cannot be read" in done.stderr and "over 67108864 bytes" in done.stderr
+        source.write_bytes(gzip.compress(bytes(1 << 26)) * 32)  # 2 GiB in 2 MiB
+    code = f"import eval, resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2); eval.read_questions('gsm8k', '{source}')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"ValueError: {source}, row 1: no question for gsm8k (ValueError: over 67108864 bytes)" in done.stderr
 
 
-def test_missing_files_and_unknown_tasks():
-    with pytest.raises(ValueError, match="nowhere.jsonl: cannot be read"):
-        benchmarks.read_questions("gsm8k", "nowhere.jsonl")
+def test_unknown_tasks():
     with pytest.raises(ValueError, match="no task 'gsm9k': choose one of mmlu, "):
         benchmarks.read_questions("gsm9k", "nowhere.jsonl")
 
