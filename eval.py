@@ -118,9 +118,8 @@ def check_record(record: Record, members: int) -> None:
 
 
 class Records:
-    """JSON lines, one a question, flushed as they come; what an interrupted run left is kept, less half a line.
-
-    folder None: nothing is written. Each process writes a file of its own. ValueError if a line is no record."""
+    """JSON lines, one a question, flushed as they come, a file for each process; none where folder is None. What an
+    interrupted run left is kept, less half a line. ValueError if a line is no record."""
 
     def __init__(self, folder: Path | None, name: str, members: int, rank: int = 0):
         self.folder, self.name, self.members = folder, name.replace(" ", "-"), members
@@ -839,7 +838,7 @@ def member_folder(given: str) -> Path:
         mend = f"its owners ask you to accept their terms: at https://huggingface.co/{given}, then `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         mend = "no such folder here, and no such model on the Hub: check the name"
-    except (errors.HfHubHTTPError, OSError) as error:
+    except OSError as error:
         mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online"
     raise ValueError(f"--members {given}: {mend}")
 
@@ -934,14 +933,18 @@ def run_real(args: argparse.Namespace) -> None:
     open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
     members = real_members(folders, places, args.dtype)
     check_lengths(members, args.task, questions)
-    label, runs = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}", {}
-    for name, group in ({f"member {m.name}": [m] for m in members} if args.single else {label: members}).items():
-        file = Records(args.out, name, len(group), rank)
-        decode_share(real_setup(group, args.task, args.run_code), config, questions[rank::world], file, args.batch_size)
-        file.read()
-        if len(file.done) < len(questions):
+    label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
+    groups = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
+    files = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}
+    for name, group in groups.items():
+        setup, share = real_setup(group, args.task, args.run_code), questions[rank::world]
+        decode_share(setup, config, share, files[name], args.batch_size)
+    runs = {}
+    for name, group in groups.items():
+        files[name].read()
+        if len(files[name].done) < len(questions):
             return  # another process is still at work
-        runs[name] = Run([file.done[q.id] for q in questions], [m.name for m in group])
+        runs[name] = Run([files[name].done[q.id] for q in questions], [m.name for m in group])
     table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
     figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
     for row in table["rows"]:  # the paper's figure for the same setting, in Table 4 or 3
@@ -1082,28 +1085,27 @@ for action in [*steps()]:
 def _bubblewrap() -> list[str]:
     """Own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
     if not (bwrap := shutil.which("bwrap")):
-        raise ValueError("--run-code needs bwrap: apt-get install bubblewrap, or, in a container, --run-code unconfined")
+        raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap; in a container --run-code unconfined")
     rights = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if os.getuid() == 0 else "--unshare-user"
-    own = ("--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --die-with-parent --chdir /tmp "
-           f"--proc /proc --dev /dev --perms 1777 --size {16 << 20} --tmpfs /tmp --perms 1777 --size {1 << 20} "
-           "--tmpfs /dev/shm --remount-ro /dev")  # fmt: skip
+    own = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --die-with-parent --chdir /tmp"
+    memory = (f"--proc /proc --dev /dev --perms 1777 --size {16 << 20} --tmpfs /tmp --perms 1777 --size {1 << 20} "
+              "--tmpfs /dev/shm --remount-ro /dev")  # fmt: skip
     system = list[str]()
     python = os.path.realpath(sys.base_prefix), os.path.realpath(sys.prefix)  # perhaps below /tmp
     for place in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", *python):
         for parent in reversed(Path(place).parents):
             system += ["--perms", "0755", "--dir", str(parent)]
         system += ["--ro-bind-try", place, place]
-    return [bwrap, *rights.split(), *own.split(), *system, "--remount-ro", "/"]
+    return [bwrap, *rights.split(), *own.split(), *memory.split(), *system, "--remount-ro", "/"]
 
 
 def run_code(*sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True) -> bool:
     """Whether the Python `sources`, run one after the other as one module, all run through to their ends.
 
-    In bubblewrap, or, unconfined, in a temporary folder with the rights of the user. Isolated interpreter, no
-    environment, no input, output discarded; limits on wall-clock and CPU time (seconds), memory (bytes), size of files
-    and, but for root unconfined, processes. Success is a random token written after the last source, so leaving early
-    is failure; a program made to cheat, in the same interpreter, could find it. ValueError without bubblewrap.
-    """
+    In bubblewrap, or, unconfined, in a temporary folder with the rights of the user. No environment, no input, output
+    discarded; limits on wall-clock and CPU time (seconds), memory (bytes), size of files and, but for root unconfined,
+    processes. Success is a random token written last: leaving early is failure, but a program made to cheat could find
+    the token in its interpreter. ValueError without bubblewrap."""
     command, token, (reading, writing) = _bubblewrap() if confined else [], os.urandom(16).hex(), os.pipe()
     os.set_blocking(reading, False)
     limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}

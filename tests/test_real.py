@@ -85,15 +85,15 @@ def test_killed_in_the_middle_it_goes_on_with_the_same_records(folders, data, tm
 
 def test_two_processes_share_the_questions(folders, data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, ROOT / "eval.py", *arguments(folders, data, "--out", tmp_path, "--json")],
-                          capture_output=True, text=True, check=False,
+    line = arguments(folders, data, "--out", tmp_path, "--single")
+    done = subprocess.run([*torchrun, ROOT / "eval.py", *line], capture_output=True, text=True, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert sorted(file.name for file in tmp_path.glob("*.jsonl")) == [
-        "tie-token_change_count.0.jsonl", "tie-token_change_count.1.jsonl",
-    ]  # fmt: skip
-    assert len({json.loads(row)["id"] for row in rows(tmp_path)}) == len(rows(tmp_path)) == 10
-    assert json.loads((tmp_path / "summary.json").read_text())["problems"] == 10
+    files = {f"member-{name}": [tmp_path / f"member-{name}.{rank}.jsonl" for rank in (0, 1)] for name in folders}
+    for name, (first, second) in files.items():
+        ids = [json.loads(row)["id"] for file in (first, second) for row in file.read_text().splitlines()]
+        assert len(set(ids)) == len(ids) == 10, name
+    assert [row["method"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]] == ["member llada", "member dream"]
 
 
 def test_members_alone_and_post_generation(folders, data, capsys):
