@@ -34,14 +34,20 @@ COMMANDS = {  # arguments, and what is on disk as soon as the work begins
 PATIENCE = 120  # seconds, for a command that was told to end
 
 
+def start(program, *arguments):
+    """The command in a process group of its own, as a shell starts it; Ctrl-C interrupts it even if not this suite."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen([sys.executable, ROOT / f"{program}.py", *arguments], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def begin(program, folder, *more):
-    """The command, at work; in a process group of its own, as a shell starts it."""
+    """The command, at work."""
     arguments, sign = COMMANDS[program]
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may ignore it
-    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", *arguments.split(), *more, "--out", folder],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
-    signal.signal(signal.SIGINT, handler)
+    process = start(program, *arguments.split(), *more, "--out", folder)
     while process.poll() is None and not (folder / sign).exists():
         time.sleep(0.005)
     return process
@@ -70,15 +76,14 @@ def interrupt(program, sent, seconds, folder):
 
 def contents(folder):
     """Every file but unfinished ones, which nobody reads; records in any order; without timings and hardware."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.suffix == ".jsonl":
-            found[path.name] = sorted(path.read_text().splitlines())
-        elif path.suffix == ".json":
-            read = json.loads(path.read_text())
-            found[str(path.relative_to(folder))] = {k: v for k, v in read.items() if k not in ("hardware", "seconds")}
-        elif path.is_file() and path.suffix != ".part":
-            found[str(path.relative_to(folder))] = path.read_bytes()
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in [*found]:
+        if name.endswith(".jsonl"):
+            found[name] = sorted(found[name].splitlines())
+        elif name.endswith(".json"):
+            found[name] = {k: v for k, v in json.loads(found[name]).items() if k not in ("hardware", "seconds")}
+        elif name.endswith(".part"):
+            del found[name]
     return found
 
 
@@ -130,14 +135,10 @@ def test_interrupted_it_goes_on_to_the_same_end(program, sent, moment, undisturb
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.8])
 @pytest.mark.parametrize("program", COMMANDS)
 def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, share):
-    start = time.monotonic()
-    subprocess.run([sys.executable, ROOT / f"{program}.py", "--help"], stdout=subprocess.DEVNULL, check=True)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     begun = time.monotonic()
-    process = subprocess.Popen([sys.executable, ROOT / f"{program}.py", "--help"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
-    signal.signal(signal.SIGINT, handler)
-    time.sleep(0.1 + share * max(0, begun - start - 0.3))  # Python itself is there after the first tenth
+    assert end(start(program, "--help"))[0] == 0
+    whole, process = time.monotonic() - begun, start(program, "--help")
+    time.sleep(0.1 + share * max(0, whole - 0.3))  # Python itself is there after the first tenth
     os.killpg(process.pid, signal.SIGINT)
     code, err = end(process, PATIENCE)
     assert err == "" and code in (-signal.SIGINT, 130, 0)
