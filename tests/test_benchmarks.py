@@ -136,9 +136,11 @@ NO_ROWS = {  # rows that are none of the task's, each after a good one
                     {**GSM, "id": ""}, {**GSM, "id": ["i"]}]),
     "math500": (MATH, [GSM, MATH, {"problem": "P", "answer": 5}]),
     "arc-challenge": (ARC[0], [GSM, {**ARC[1], "answerKey": "D"}]),
-    "winogrande": (SAMPLES["winogrande"][1][0], [GSM, {"sentence": "_", "option1": "a", "option2": "b", "answer": "3"}]),
+    "winogrande": (SAMPLES["winogrande"][1][0], [GSM, *(
+        {"sentence": "_", "option1": "a", "option2": "b", "answer": right} for right in ("0", "3", 1))]),
     "mmlu": (["q", "a", "b", "c", "d", "A"], [["q", "a", "b"], ["q", "a", "b", "c", "d", "E"], ["", "a", "b", "c", "d", "A"]]),
-    "humaneval": (HUMANEVAL, [GSM, HUMANEVAL, {**HUMANEVAL, "entry_point": "other"}, {**HUMANEVAL, "test": None}]),
+    "humaneval": (HUMANEVAL, [GSM, HUMANEVAL, *(
+        {**HUMANEVAL, "task_id": "x", **change} for change in ({"entry_point": "other"}, {"test": None}))]),
     "mbpp": (MBPP[0], [MBPP[0], {**MBPP[1], "test_imports": None}, {**MBPP[1], "test_imports": [5]},
                        {**MBPP[1], "test_list": "assert f()"}, {**MBPP[1], "test_list": []}]),
     "countdown": ({"nums": [1, 2], "target": 3}, [GSM, {"input": "1,b,3", "output": "x"}, {"nums": None, "target": 5}]),
