@@ -1085,7 +1085,7 @@ for action in [*steps()]:
 def _bubblewrap() -> list[str]:
     """Own processes, no network, system and interpreter read-only, a small empty /tmp, and nothing else."""
     if not (bwrap := shutil.which("bwrap")):
-        raise ValueError("--run-code needs bubblewrap: apt-get install bubblewrap, or in a container --run-code unconfined")
+        raise ValueError("--run-code needs bwrap: apt-get install bubblewrap, or in a container --run-code unconfined")
     rights = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if os.getuid() == 0 else "--unshare-user"
     own = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try --die-with-parent --chdir /tmp"
     memory = (f"--proc /proc --dev /dev --perms 1777 --size {16 << 20} --tmpfs /tmp --perms 1777 --size {1 << 20} "
