@@ -19,6 +19,7 @@ if __name__ == "__main__":  # in the seconds that the import of torch takes, Ctr
     at_start = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import ast
 import copy
 import csv
 import functools
@@ -1032,11 +1033,23 @@ def math_equal(answer: str, gold: str) -> bool:
     return said == "True\n"
 
 
+_OPERATORS: dict[type, Callable] = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+                                    ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
 _PLAIN = [*[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3,  # fractions within fractions
           (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"), (r"\\div(?![a-z])|÷", "/"),
           (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""), (r"[−–]", "-"),
           (r"[\[{]", "("), (r"[\]}]", ")")]  # fmt: skip
-_FOREIGN = r"[^-+*/() 0-9]|\*\*|//|\( *\)"  # to an expression in + - * /
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Exact; LookupError for anything but + - * / and whole numbers."""
+    if isinstance(node, ast.BinOp):
+        return _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATORS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return Fraction(node.value)
+    raise LookupError(node)
 
 
 def countdown_correct(answer: str, gold: dict) -> bool:
@@ -1044,11 +1057,10 @@ def countdown_correct(answer: str, gold: dict) -> bool:
     for side in answer[:1000].split("="):
         for pattern, new in _PLAIN:
             side = re.sub(pattern, new, side)
-        if re.search(_FOREIGN, side) or sorted(map(int, re.findall("[0-9]+", side))) != sorted(gold["numbers"]):
-            continue
-        exact = re.sub("[0-9]+", r"Fraction(\g<0>)", side)  # nothing else but + - * / and brackets is left in it
-        with suppress(SyntaxError, TypeError, ArithmeticError, RecursionError, MemoryError):
-            return eval(exact, {"Fraction": Fraction}) == gold["target"]
+        with suppress(SyntaxError, ArithmeticError, LookupError, RecursionError, MemoryError, ValueError):
+            used = sorted(map(int, re.findall("[0-9]+", side)))
+            if re.fullmatch(r"[-+*/() 0-9]*", side) and used == sorted(gold["numbers"]):
+                return _value(ast.parse(side.strip(), mode="eval").body) == gold["target"]
     return False
 
 
