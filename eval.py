@@ -525,6 +525,11 @@ class Toy:
                 bar.update(len(records))
         return [file.done[p.prompt] for p in job.problems]
 
+    def relay_solves(self) -> list[train_toy.Problem]:
+        """The problems that no member solves alone and TIE does."""
+        solved = self.run().correct & ~self.run(interval=T).oracle.correct
+        return [*itertools.compress(self.plain.problems, solved)]
+
     def title(self, job: Job) -> str:
         """Members, and what differs from the command's own settings; the name of a file."""
         def said(of: Job) -> dict:
@@ -784,9 +789,6 @@ def draw_figure_3(toy: Toy, path: Path) -> None:
     sheet.savefig(path, dpi=150)
 
 
-FIGURES = {"figure1.png": draw_figure_1, "figure3.png": draw_figure_3}
-
-
 def prepare_figures(folder: Path) -> None:
     """ValueError or OSError, before anything is trained, where no figure can be drawn or saved."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -797,30 +799,162 @@ def prepare_figures(folder: Path) -> None:
         (folder / "figure.part").unlink()
 
 
-def show_trace(toy: Toy, unsolved: bool) -> None:
-    """Decodings round by round: each member's canvas, `_` where masked, its score, who leads, what is relayed."""
-    names, setup = toy.names, toy.plain.setup()
+@dataclass
+class Frame:
+    """What one member holds after one of its steps, at the T positions that are decoded."""
 
-    def show_round(state: dict) -> None:
-        print(f"round {state['round'] + 1}, step {state['step']}")
-        for m, name in enumerate(names):
-            ids = torch.where(state["masked"][m][0], train_toy.MASK, state["tokens"][m][0]).tolist()  # (L,)
-            score = float(state["scores"][m, 0]) + 0.0  # -0.0 reads as 0
-            said = f" {score:8.3f}" if math.isfinite(score) else ""
-            leads = "  leads, relayed to all" if int(state["leader"][0]) == m else ""
-            print(f"  {name} {train_toy.readable(ids)}{said}{leads}")
+    tokens: list[int]  # (T,) the mask id where masked
+    authors: list[int]  # (T,) the member whose step committed the token, which travels with a relay; -1 where masked
+    answer: list[int]  # (A,) top-1 at the answer positions, or the token itself once committed
+    changed: list[bool]  # (A,) whether that changed with this step, as C counts it: a relay begins anew
 
-    chosen = ~toy.run(interval=T).oracle.correct if unsolved else itertools.repeat(True)
-    for problem in [*itertools.compress(toy.plain.problems, chosen)][: toy.args.trace]:
-        print(f"\n{problem.prompt}   right: {train_toy.readable(problem.sequence)}")
+
+class Trace:
+    """One problem, decoded by each member alone and by TIE step by step: what the terminal and the picture show."""
+
+    def __init__(self, toy: Toy, problem: train_toy.Problem):
+        setup, self.config = toy.plain.setup(), toy.plain.config
         canvases = setup.canvases([Question("", problem.prompt, "")])
-        result = tie.ensemble(setup.members, canvases, toy.plain.config, show_round)
-        winner = int(result.winner[0])
-        canvas = result.candidates[winner]
-        answer = train_toy.decode(canvas.tokens[0, canvas.answer].tolist())
-        outcome = "right" if answer == problem.answer else f"wrong, {problem.answer} is right"
-        tcc = ", ".join(f"{name} {x:.3f}" for name, x in zip(names, result.tcc[:, 0].tolist()))
-        print(f"answer {answer} of {names[winner]}: {outcome}   (C~ over the whole decoding: {tcc})")
+        self.problem, self.names = problem, toy.names
+        self.alone = [tie.decode(*own, self.config).tokens[0].tolist() for own in zip(setup.members, canvases)]  # (M, L)
+        self.frames: list[list[Frame]] = [[] for _ in canvases]  # by member and step
+        self.rounds: list[tuple[int, list[float], int]] = []  # last step, scores (M), leader: -1 where none is relayed
+        self.states: list[tuple] = [(canvas, torch.full_like(canvas.tokens, -1), None) for canvas in canvases]
+        noted = replace(self.config, top_k=1, threshold=None, commit=self.commit)
+        result = tie.ensemble(setup.members, canvases, noted, self.relay)
+        self.tcc, self.final = result.tcc[:, 0].tolist(), self.frames[int(result.winner[0])][-1]
+        self.answer = train_toy.decode(self.final.tokens[train_toy.REASONING_LENGTH :])
+
+    def commit(self, reading: tie.Reading) -> torch.Tensor:
+        """As `config` has it; what it commits is noted on the way."""
+        m = reading.member
+        canvas, authors, last = self.states[m]
+        after = tie.commit(canvas, reading, self.config)
+        new = canvas.masked & ~after.masked  # (1, L)
+        authors = authors.masked_fill(new, m)  # (1, L)
+        changed = torch.zeros_like(reading.relevant)  # (1, A)
+        if last is not None:
+            changed = (reading.answer_top1 != last.answer_top1) & last.relevant
+        self.states[m] = after, authors, reading
+        tokens = after.tokens.masked_fill(after.masked, train_toy.MASK)  # (1, L)
+        held, by = (torch.cat([x[0, canvas.reasoning], x[0, canvas.answer]]).tolist() for x in (tokens, authors))
+        self.frames[m].append(Frame(held, by, reading.answer_top1[0].tolist(), changed[0].tolist()))
+        return new.gather(1, reading.positions)
+
+    def relay(self, state: dict) -> None:
+        leader = int(state["leader"][0])
+        self.rounds.append((state["step"], state["scores"][:, 0].tolist(), leader))
+        if leader >= 0:
+            canvas, authors, _ = self.states[leader]
+            self.states = [(canvas, authors, None) for _ in self.states]
+
+
+# Of members A and B: cell and token in the picture, the terminal's colour. Blue and orange of Okabe and Ito, which the
+# colour-blind tell apart; and so that no colour is needed, light on dark and dark on light, plain and underlined.
+INK = (("#0072B2", "white", "38;5;32"), ("#E69F00", "black", "4;38;5;172"))
+CHANGED = "#D55E00"
+
+
+def laid_out(signs: Iterable[str], authors: list[int]) -> str:
+    """A sign a token, in the layout that people read, and in its author's colour where the terminal has colours."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        signs = [f"\033[{INK[m][2]}m{sign}\033[0m" if m >= 0 else sign for sign, m in zip(signs, authors)]
+    rest, layout = iter(signs), train_toy.readable([train_toy.MASK] * train_toy.LENGTH)
+    return "".join(next(rest) if place == "_" else place for place in layout)
+
+
+def show_trace(trace: Trace) -> None:
+    """The members alone, `^` where they are wrong; then what each holds after each round, `_` where masked, the answer
+    that it would give next, `'` where that changed within the round, its score, and who leads, so is relayed to all."""
+
+    def show(label: str, signs: Iterable[str], frame: Frame, rest: str = "") -> None:
+        print(f"{label:>9} {laid_out(signs, frame.authors)}  {rest}".rstrip())
+
+    right = train_toy.readable(trace.problem.sequence)
+    print(f"\n{trace.problem.prompt:60}next              score\n{'right':>9} {right}")
+    for name, ids in zip(trace.names, trace.alone):
+        alone = train_toy.readable(ids)
+        print(f"{name + ' alone':>9} {alone}")
+        print(" " * 10 + "".join(" ^"[a != b] for a, b in zip(alone, right)).rstrip())
+    begin, signs = 0, train_toy.VOCABULARY
+    for step, scores, leader in trace.rounds:
+        for m, name in enumerate(trace.names):
+            frame, own = trace.frames[m][:step][-1], trace.frames[m][begin:step]
+            marks = [" '"[any(f.changed[a] for f in own)] for a in range(train_toy.ANSWER_LENGTH)]
+            rest = "".join(signs[i] + mark for i, mark in zip(frame.answer, marks))
+            rest += f"{scores[m] + 0.0:7.3f}" if math.isfinite(scores[m]) else ""  # -0.0 reads as 0
+            label = name if m else f"step {step:2} {name}"
+            show(label, [signs[i] for i in frame.tokens], frame, rest + "  leads" * (m == leader))
+        begin = step
+    tcc = ", ".join(f"{name} {count:.3f}" for name, count in zip(trace.names, trace.tcc))
+    outcome = "right" if trace.answer == trace.problem.answer else "wrong"
+    show("TIE", [signs[i] for i in trace.final.tokens], trace.final, f"{outcome}; C~(T): {tcc}")
+    show("by", [trace.names[m] for m in trace.final.authors], trace.final)
+
+
+def show_traces(toy: Toy) -> None:
+    problems = toy.relay_solves() if toy.args.unsolved else toy.plain.problems
+    if not problems:
+        raise ValueError("--unsolved: TIE solves none of these problems that no member solves alone; raise --problems")
+    for problem in problems[: toy.args.trace]:
+        show_trace(Trace(toy, problem))
+
+
+def draw_trace(toy: Toy, path: Path) -> None:
+    """A panel a member, step against position, for the first test problem that no member solves alone and TIE does."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import ConnectionPatch, Patch
+
+    found = toy.relay_solves()
+    trace = Trace(toy, (found or toy.plain.problems)[0])
+    sheet = Figure(figsize=(7.2, 6.4), layout="constrained")
+    panels = sheet.subplots(1, len(trace.names), sharey=True)
+    for panel, name, frames in zip(panels, trace.names, trace.frames):
+        panel.set_title(f"member {name}", fontsize=9)
+        draw_frames(panel, frames)
+    panels[0].set_ylabel("decoding step", fontsize=8)
+    for step, _, leader in trace.rounds:
+        for receiver in range(len(panels)) if leader >= 0 else ():
+            panels[receiver].axhline(step + 0.5, color="black", linewidth=0.7)
+            if receiver != leader:
+                right = int(receiver > leader)
+                places = [panels[m].get_yaxis_transform() for m in (leader, receiver)]
+                sheet.add_artist(ConnectionPatch((right, step + 0.5), (1 - right, step + 0.5), *places, linewidth=0.8,
+                                                 arrowstyle="-|>", mutation_scale=8, facecolor="black"))  # fmt: skip
+    handles = [Patch(color=INK[m][0], label=f"committed by {name}") for m, name in enumerate(trace.names)]
+    handles.append(Patch(facecolor="white", edgecolor=CHANGED, label="top-1 of the answer; framed: it changed"))
+    sheet.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    which = "that no member solves alone and TIE does" if found else "was drawn: TIE solves none that members do not"
+    said = [train_toy.decode(ids[train_toy.ANSWER]) for ids in trace.alone]
+    alone = ", ".join(f"{name} alone {answer}" for name, answer in zip(trace.names, said))
+    sheet.suptitle(f"{trace.problem.prompt.replace(' ', '')}{trace.problem.answer}, the first test problem {which}\n"
+                   f"({alone}, TIE {trace.answer}); arrows: relay of the leader's sequence", fontsize=9)  # fmt: skip
+    sheet.savefig(path, dpi=200)
+
+
+def draw_frames(panel: Any, frames: list[Frame]) -> None:
+    """Each step's tokens in their authors' colours, and the top-1 of masked answer positions, framed where it changed."""
+    from matplotlib.patches import Rectangle
+
+    for y, frame in enumerate(frames, 1):
+        foreseen = [train_toy.MASK] * train_toy.REASONING_LENGTH + frame.answer  # (T,)
+        changed = [False] * train_toy.REASONING_LENGTH + frame.changed  # (T,)
+        for x, m in enumerate(frame.authors):
+            cell, ink = INK[m][:2] if m >= 0 else ("#f2f2f2", "#444444")
+            look = {"edgecolor": CHANGED, "linewidth": 1.3, "zorder": 3} if changed[x] else {"zorder": 2}
+            panel.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, facecolor=cell, **look))
+            if foreseen[x] != train_toy.MASK or m >= 0:
+                panel.text(x, y, train_toy.VOCABULARY[frame.tokens[x] if m >= 0 else foreseen[x]], color=ink, zorder=4,
+                           ha="center", va="center_baseline", family="monospace", fontsize=6.5)  # fmt: skip
+    numbers = range(0, train_toy.REASONING_LENGTH + 1, 2 * train_toy.COLUMNS)  # where products, totals, answer begin
+    for x in numbers[1:]:
+        panel.axvline(x - 0.5, color="black", linewidth=0.7)
+    panel.set(xlim=(-0.5, T - 0.5), ylim=(len(frames) + 0.5, 0.5), yticks=range(2, len(frames) + 1, 2))
+    panel.tick_params(labelsize=7)
+    panel.set_xticks([5.5, 17.5, 27.5], ["products", "running totals", "answer"], fontsize=8)
+
+
+FIGURES = {"figure1.png": draw_figure_1, "figure3.png": draw_figure_3, "trace.png": draw_trace}
 
 
 # --- real checkpoints on the paper's benchmarks -------------------------------------------------------
@@ -1360,7 +1494,7 @@ def run_toy(args: argparse.Namespace) -> None:
         for toy in toys:
             toy.train()
             if args.trace:
-                return show_trace(toy, args.unsolved)
+                return show_traces(toy)
             for name, draw in FIGURES.items() if args.figure else ():
                 draw(toy, args.figure / name)
                 print(f"drawn: {args.figure / name}")

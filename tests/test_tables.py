@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
+import sys
 import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 import eval as evaluation
 import tie
@@ -358,14 +363,98 @@ def test_tables_name_title_paper_and_verdict(fakes, capsys):
                if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
 
 
-def test_the_trace_can_show_problems_that_no_member_solves_alone(fakes, capsys):
-    prompts, right = [p.prompt for p in job().problems], oracle(interval=evaluation.T)[1]
-    unsolved = [prompt for prompt, row in zip(prompts, right) if not row.any()]
-    assert unsolved[:2] != prompts[:2]
-    for more, expected in (((), prompts[:2]), (("--unsolved",), unsolved[:2])):
+# --- the trace -------------------------------------------------------------------------------------------------
+
+
+def toy_of(**config):
+    own = job(config=replace(job().config, **config))
+    return SimpleNamespace(plain=own, names=own.names)
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"normalize": False}, {"top_k": 2}, {"threshold": 0.7}, {"score": "negative_entropy"}, {"interval": 7}
+])  # fmt: skip
+def test_the_trace_is_the_decoding_and_the_author_whoever_committed(fakes, config):
+    toy = toy_of(**config)
+    canvas, states = train_toy.canvas([toy.plain.problems[0].prompt]), []
+    members = [fake_member(toy.plain, name) for name in "AB"]
+    trace = evaluation.Trace(toy, toy.plain.problems[0])
+    result = tie.ensemble(members, [canvas] * 2, toy.plain.config, states.append)
+    assert trace.tcc == result.tcc[:, 0].tolist()
+    winner = result.candidates[int(result.winner[0])]
+    assert trace.answer == train_toy.decode(winner.tokens[0, winner.answer].tolist())
+    begin, held = 0, [[-1] * evaluation.T] * 2  # authors of what each member holds
+    for state, (step, scores, leader) in zip(states, trace.rounds, strict=True):
+        assert (step, scores, leader) == (state["step"], state["scores"][:, 0].tolist(), int(state["leader"][0]))
+        for m, frames in enumerate(trace.frames):
+            for frame in frames[begin:step]:
+                new = {place for place, author in enumerate(frame.authors) if held[m][place] == -1 != author}
+                assert 0 < len(new) and ("threshold" in config or len(new) == config.get("top_k", 1))
+                held[m] = [m if place in new else author for place, author in enumerate(held[m])]
+                assert held[m] == frame.authors
+            whole = state["tokens"][m].masked_fill(state["masked"][m], train_toy.MASK)[0]
+            assert frames[:step][-1].tokens == torch.cat([whole[canvas.reasoning], whole[canvas.answer]]).tolist()
+        held, begin = [held[leader]] * 2 if leader >= 0 else held, step
+    assert any({0, 1} <= {*frame.authors} for frames in trace.frames for frame in frames)
+    if config == {"normalize": False}:
+        assert [sum(sum(frame.changed) for frame in frames) for frames in trace.frames] == trace.tcc != [0, 0]
+
+
+@pytest.mark.parametrize("terminal, environment, coloured", [
+    (True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)
+])  # fmt: skip
+def test_only_a_terminal_that_can_gets_colours(fakes, monkeypatch, capsys, terminal, environment, coloured):
+    for name, value in {"NO_COLOR": "", "TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    trace = evaluation.Trace(toy_of(), job().problems[0])
+    evaluation.show_trace(trace)
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    evaluation.show_trace(trace)
+    out = capsys.readouterr().out
+    assert "\033" not in plain and re.sub(r"\033\[[0-9;]*m", "", out) == plain
+    assert ("\033" in out) == coloured
+    if coloured:  # the last line names the author of each token
+        signs = re.findall(r"\033\[([0-9;]+)m(\w)\033\[0m", out.splitlines()[-1])
+        assert signs == [(evaluation.INK[m][2], "AB"[m]) for m in trace.final.authors]
+
+
+def test_the_trace_can_show_problems_that_no_member_solves_alone_and_tie_does(fakes, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROBLEMS", 24)
+    prompts, alone = [p.prompt for p in job().problems], oracle(interval=evaluation.T)[1]
+    result, right = oracle()
+    chosen = [*compress(prompts, right[np.arange(24), result.winner.numpy()] & ~alone.any(1))]
+    assert len(chosen) > 1 and chosen[0] != prompts[0]
+    for more, expected in (((), prompts[:2]), (("--unsolved",), chosen[:2])):
         assert run("--trace", 2, *more) == 0
-        lines = [line.split("   right: ") for line in capsys.readouterr().out.splitlines()]
-        assert [line[0] for line in lines if len(line) > 1] == expected
+        assert re.findall(r"^([0-9].*\*.=) ", capsys.readouterr().out, re.MULTILINE) == expected
+    assert run("--trace", 1, "--unsolved", "--problems", prompts.index(chosen[0])) == 2
+    assert "--unsolved: TIE solves none of these" in capsys.readouterr().err
+
+
+def test_the_picture_shows_what_the_trace_holds(fakes, monkeypatch, tmp_path):
+    sheets, traces, original = [], [], evaluation.Trace
+    monkeypatch.setattr(Figure, "savefig", lambda sheet, *_, **__: sheets.append(sheet))
+    monkeypatch.setattr(evaluation, "Trace", lambda *given: traces.append(original(*given)) or traces[-1])
+    toy = toy_of()
+    toy.relay_solves = lambda: [toy.plain.problems[2]]
+    evaluation.draw_trace(toy, tmp_path)
+    [trace], [sheet] = traces, sheets
+    assert "that no member solves alone and TIE does" in sheet.get_suptitle() and trace.problem == toy.plain.problems[2]
+    for panel, frames in zip(sheet.axes, trace.frames, strict=True):
+        shown = {text.get_position(): (text.get_text(), text.get_color()) for text in panel.texts}
+        for y, frame in enumerate(frames, 1):
+            for x, (token, m) in enumerate(zip(frame.tokens, frame.authors)):
+                if m >= 0:
+                    assert shown.pop((x, y)) == (train_toy.VOCABULARY[token], evaluation.INK[m][1])
+                elif x >= train_toy.REASONING_LENGTH:
+                    assert shown.pop((x, y))[0] == train_toy.VOCABULARY[frame.answer[x - train_toy.REASONING_LENGTH]]
+        assert not shown
+        edges = [patch.get_edgecolor() for patch in panel.patches]
+        assert edges.count(to_rgba(evaluation.CHANGED)) == sum(sum(frame.changed) for frame in frames) > 0
+    relays = [leader for _, _, leader in trace.rounds if leader >= 0]
+    assert len(sheet.artists) == len(relays)
+    assert [arrow.xy1[0] for arrow in sheet.artists] == [1 - leader for leader in relays]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
@@ -373,7 +462,7 @@ def test_the_trace_can_show_problems_that_no_member_solves_alone(fakes, capsys):
 
 def test_figures_are_drawn(fakes, capsys, tmp_path):
     assert run("--figure", tmp_path / "new" / "folder") == 0
-    assert capsys.readouterr().out.count("drawn: ") == 2
+    assert capsys.readouterr().out.count("drawn: ") == 3
     for name in evaluation.FIGURES:
         assert (tmp_path / "new" / "folder" / name).read_bytes()[:4] == b"\x89PNG"
 
