@@ -2,12 +2,12 @@
 
 Examples:
     python eval.py                                   train toy members once, then the main table (paper: Tables 3 and 5)
-    python eval.py --trace 3                         three decodings, round by round
+    python eval.py --trace 3 --unsolved              three decodings, round by round, of what no member solves alone
     python eval.py --problems 300 --json             one JSON object on stdout
     python eval.py --seed 1 --out results/seed1      records on disk; the same command goes on after an interruption
     python eval.py --table 1 6 9                     tables of the paper on the toy, its own figures beside ours
     python eval.py --table all --seeds 3 --out results   all of them, over three trainings
-    python eval.py --figure figures                  Fig. 1 and Fig. 3 as PNG
+    python eval.py --figure figures                  Fig. 1, Fig. 3 and the trace of one decoding as PNG
     python eval.py --members llada=GSAI-ML/LLaDA-1.5 dream=Dream-v0-Instruct-7B --task gsm8k --data test.jsonl
 """
 
@@ -40,7 +40,8 @@ import sys
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -247,9 +248,13 @@ class Run(Method):
         return self.pick(self.right[:, self.names.index(member)], 1)
 
     @property
+    def best_member(self) -> str:
+        """The one that is best on these very problems: the hardest rival."""
+        return self.names[self.right.sum(0).argmax()]
+
+    @property
     def best(self) -> Method:
-        """The member that is best on these very problems: the hardest rival."""
-        return self.of(self.names[self.right.sum(0).argmax()])
+        return self.of(self.best_member)
 
     @property
     def oracle(self) -> Method:
@@ -269,8 +274,8 @@ class Run(Method):
         right = []
         for r in self.records:
             answers = r["answers"][:count]
-            rank = [(-answers.count(answer), r["tcc"][m]) for m, answer in enumerate(answers)]
-            right.append(r["correct"][rank.index(min(rank))])
+            first = min(range(count), key=lambda m: (-answers.count(answers[m]), r["tcc"][m]))
+            right.append(r["correct"][first])
         return self.pick(right, count)
 
     def tcc(self, member: str) -> dict[str, np.ndarray]:
@@ -280,40 +285,46 @@ class Run(Method):
         return {"correct": counts[self.right[:, m]], "incorrect": counts[~self.right[:, m]]}
 
 
-def accuracy(correct: Iterable[bool]) -> dict:
-    """Accuracy and its 95 % Wilson interval."""
-    right = np.array(list(correct), dtype=float)
-    n, p, z = len(right), right.mean(), 1.96
+def accuracy(correct: Sequence[bool] | np.ndarray) -> dict:
+    """Accuracy and its 95 % Wilson interval, None of no problem."""
+    right = np.array(correct, dtype=float)
+    if not (n := len(right)):
+        return {"value": None, "ci95": None, "n": 0}
+    p, z = right.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return {"accuracy": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))]}  # rounding may step outside
-
-
-def difference(name: str, ours: Method, theirs: Method) -> dict:
-    """Mean difference over the same questions, with a 95 % bootstrap interval over questions."""
-    signs = ours.correct.astype(int) - theirs.correct.astype(int)  # (questions,) of -1, 0, 1
-    shares = [np.mean(signs == d) for d in (-1, 0, 1)]
-    draws = np.random.default_rng(0).multinomial(len(signs), shares, size=10_000) @ [-1, 0, 1] / len(signs)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"name": name, "difference": float(signs.mean()), "ci95": [float(low), float(high)]}
+    return {"value": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))], "n": n}  # rounding may step outside
 
 
 def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
     """A statistic of independent groups with its 95 % bootstrap interval over their rows; None if a group is empty."""
     if not all(len(group) for group in groups):
-        return {"value": None, "ci95": None}
+        return {"value": None, "ci95": None, "n": len(groups[0])}
     dice = np.random.default_rng(0)
     draws = [statistic(*(group[dice.integers(len(group), size=len(group))] for group in groups)) for _ in range(2000)]
-    return {"value": float(statistic(*groups)), "ci95": [float(x) for x in np.percentile(draws, [2.5, 97.5])]}
+    interval = [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+    return {"value": float(statistic(*groups)), "ci95": interval, "n": len(groups[0])}
 
 
-def excess(name: str, cell: dict, over: float = 0.0) -> dict:
-    """A cell's value as a difference from a constant."""
-    value, ci = cell["value"], cell["ci95"]
-    return {"name": name, "difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
+def difference(ours: Method, theirs: Method) -> dict:
+    """Mean difference over the same questions, with a 95 % bootstrap interval over questions."""
+    signs = ours.correct.astype(int) - theirs.correct.astype(int)  # (questions,) of -1, 0, 1
+    shares = [np.mean(signs == d) for d in (-1, 0, 1)]
+    draws = np.random.default_rng(0).multinomial(len(signs), shares, size=10_000) @ [-1, 0, 1] / len(signs)
+    return {"difference": float(signs.mean()), "ci95": [float(x) for x in np.percentile(draws, [2.5, 97.5])]}
 
 
-def verdict(comparisons: list[dict]) -> str:
+def excess(over: float, estimate: dict) -> dict:
+    """The difference of an estimate from a constant."""
+    value, ci = estimate["value"], estimate["ci95"]
+    return {"difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
+
+
+def ahead(runs: Mapping[str, Method], rival: Method) -> dict[str, dict]:
+    return {name: difference(run, rival) for name, run in runs.items()}
+
+
+def verdict(comparisons: Iterable[dict]) -> str:
     """On the claim that every difference is positive: undecided where an interval holds 0, and none lies below."""
     intervals = [comparison["ci95"] for comparison in comparisons]
     if any(ci and ci[1] < 0 for ci in intervals):
@@ -324,28 +335,29 @@ def verdict(comparisons: list[dict]) -> str:
 # --- tables: data, one way to print them, one way to average them over training seeds -----------------
 
 
-def cell(entry: Method | dict) -> dict[str, Any]:
-    """Of a table: a method's accuracy, or an estimate as it is."""
-    if isinstance(entry, dict):
-        return entry
-    merit = accuracy(entry.correct) if len(entry.correct) else {"accuracy": None, "ci95": None}
-    return {"value": merit["accuracy"], "ci95": merit["ci95"], "n": len(entry.correct), "forwards": entry.forwards}
-
-
 class Table:
     """As `--json` has it: shares are fractions, the paper's figures as it prints them."""
 
     claims: list[dict[str, Any]]
 
-    def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, list[dict]], paper: dict | None = None):
-        """Rows: a Method or an estimate a column, or one alone, its accuracy. Claims: the differences that decide."""
-        grid = {row: own if type(own) is dict else {"accuracy": own} for row, own in rows.items()}
-        self.title, columns = title, [*dict.fromkeys(column for own in grid.values() for column in own)]
-        self.cells = [{"row": row, "column": column, **cell(entry)} for row, own in grid.items()
-                      for column, entry in own.items()]  # fmt: skip
-        self.paper = [{"row": f"paper, {row}", "column": column, "value": value}
-                      for row, values in (paper or {}).items() for column, value in zip(columns, values)]  # fmt: skip
-        self.claims = [{"claim": claim, "verdict": verdict(own), "comparisons": own} for claim, own in claims.items()]
+    def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, dict[str, dict]], paper: dict | None = None):
+        """Rows: a method or an estimate a column, or a method alone. Claims: the differences that decide, by name."""
+        self.title, self.cells = title, list[dict[str, Any]]()
+        for row, own in rows.items():
+            for column, entry in (own if isinstance(own, dict) else {"accuracy": own}).items():
+                if isinstance(entry, Method):
+                    entry = {**accuracy(entry.correct), "forwards": entry.forwards}
+                self.cells.append({"row": row, "column": column, **entry})
+        columns = dict.fromkeys(own["column"] for own in self.cells)
+        self.paper = [
+            {"row": f"paper, {row}", "column": column, "value": value}
+            for row, values in (paper or {}).items()
+            for column, value in zip(columns, values)
+        ]
+        self.claims = [
+            {"claim": claim, "verdict": verdict(own.values()), "comparisons": [{"name": name, **own[name]} for name in own]}
+            for claim, own in claims.items()
+        ]
 
 
 def average(tables: list[Table]) -> Table:
@@ -357,13 +369,16 @@ def average(tables: list[Table]) -> Table:
         return {key: float(np.mean(values)) if values else None, "sd": sd, "values": [entry.get(key) for entry in own]}
 
     mean = copy.copy(tables[0])
-    mean.cells = [{"row": own[0]["row"], "column": own[0]["column"], "forwards": spread("forwards", own)["forwards"],
-                   **spread("value", own)} for own in zip(*(table.cells for table in tables))]  # fmt: skip
-    mean.claims = []
+    mean.cells, mean.claims = [], []
+    for first, *more in zip(*(table.cells for table in tables)):
+        place = {"row": first["row"], "column": first["column"]}
+        forwards = spread("forwards", [first, *more])["forwards"]
+        mean.cells.append({**place, "forwards": forwards, **spread("value", [first, *more])})
     for own in zip(*(table.claims for table in tables)):
         each = [claim["verdict"] for claim in own]
         counted = ", ".join(f"{word} with {each.count(word)} of {len(each)} seeds" for word in dict.fromkeys(each))
-        differences = [{"name": c[0]["name"], **spread("difference", c)} for c in zip(*(x["comparisons"] for x in own))]
+        by_name = zip(*(claim["comparisons"] for claim in own))
+        differences = [{"name": c[0]["name"], **spread("difference", c)} for c in by_name]
         mean.claims.append({"claim": own[0]["claim"], "verdict": counted, "comparisons": differences})
     return mean
 
@@ -372,16 +387,20 @@ def percent(value: float | None, signed: bool = False) -> str:
     return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
 
 
-def figure(entry: dict[str, Any], value: float | None, unit: str = "%", signed: bool = False) -> str:
-    """A value with its interval or its standard deviation over seeds."""
-    if value is None:
+def figure(entry: dict[str, Any], key: str, unit: str = "%") -> str:
+    """A value, with a sign if it is a difference, and its interval or its standard deviation over seeds."""
+    if entry[key] is None:
         return "no sample"
-    form = functools.partial(percent, signed=signed) if unit == "%" else ("{:+.2f}" if signed else "{:.2f}").format
+    sign = "+" if key == "difference" else ""
+    form = functools.partial(percent, signed=bool(sign)) if unit == "%" else f"{{:{sign}.2f}}".format
     interval = f" [{', '.join(map(form, entry['ci95']))}]" if entry.get("ci95") else ""
-    return form(value) + interval + (f" ± {form(entry['sd']).lstrip('+')}" if entry.get("sd") is not None else "")
+    return form(entry[key]) + interval + (f" ± {form(entry['sd']).lstrip('+')}" if entry.get("sd") is not None else "")
 
 
-def show_grid(lines: list[list[str]]) -> None:
+def show_grid(corner: str, rows: dict[str, dict[str, str]]) -> None:
+    """Rows of texts by column."""
+    columns = [*dict.fromkeys(column for texts in rows.values() for column in texts)]
+    lines = [[corner, *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -390,18 +409,17 @@ def show_grid(lines: list[list[str]]) -> None:
 def show_table(name: str, table: Table, problems: int) -> None:
     """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
     print(f"\n{f'Table {name}' if name.isdigit() else 'Beyond the paper'}: {table.title}")
-    unit, grid = "%" if "%" in table.title else "", dict[str, dict[str, str]]()
+    unit, grid = "%" if "%" in table.title else "", defaultdict[str, dict[str, str]](dict)
     for own in table.cells:
-        text = figure(own, own["value"], unit)
+        text = figure(own, "value", unit)
         text += f" / {own['forwards']:.1f}" if "forwards" in table.title and own["forwards"] is not None else ""
         text += f" n={own['n']}" if own.get("n", problems) != problems else ""
-        grid.setdefault(own["row"], {})[own["column"]] = text
-    columns = list(dict.fromkeys(own["column"] for own in table.cells))
+        grid[own["row"]][own["column"]] = text
     for own in table.paper:
-        grid.setdefault(own["row"], {})[own["column"]] = f"{own['value']:g}"
-    show_grid([["", *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in grid.items())])
+        grid[own["row"]][own["column"]] = f"{own['value']:g}"
+    show_grid("", grid)
     for claim in table.claims:
-        said = "; ".join(f"{c['name']}: {figure(c, c['difference'], unit, True)}" for c in claim["comparisons"])
+        said = "; ".join(f"{c['name']}: {figure(c, 'difference', unit)}" for c in claim["comparisons"])
         print(textwrap.fill(f"{claim['claim']}: {claim['verdict']} ({said})", 120, subsequent_indent="    "))
 
 
@@ -442,8 +460,12 @@ class Job:
 
     def setup(self) -> Setup:
         members = [self.member(name, place) for place, name in enumerate(self.names)]
-        return Setup(members, lambda questions: [self.canvas(questions)] * len(members),
-                     lambda m, ids: train_toy.decode(ids), lambda q, answer: (answer, answer == q.gold))  # fmt: skip
+        return Setup(
+            members,
+            canvases=lambda questions: [self.canvas(questions)] * len(members),
+            text=lambda m, ids: train_toy.decode(ids),
+            grade=lambda question, answer: (answer, answer == question.gold),
+        )
 
 
 def decode_job(job: Job) -> list[Record]:
@@ -470,14 +492,13 @@ class Toy:
     def __init__(self, args: argparse.Namespace, training: train_toy.Settings, pool: Callable[..., Iterator]):
         self.args, self.training, self.pool, self.runs = args, training, pool, dict[Job, Run]()
         self.out = args.out / f"seed{training.seed}" if args.out and args.seeds > 1 else args.out
+        self.names, folder = tuple(train_toy.NAMES[:2]), args.checkpoints / f"toy-seed{training.seed}"
         count = args.problems if args.unsolved or not args.trace else args.trace
-        problems = train_toy.problems("test", count, args.problem_seed)
-        self.plain = Job(args.checkpoints / f"toy-seed{training.seed}", tuple(train_toy.NAMES[:2]),
-                         config_of(args, TOY_INTERVAL), tuple(problems), args.device[0], args.dtype)  # fmt: skip
-        self.names = self.plain.names
-        self.settings = {"task": "toy", "members": self.names, "problems": args.problems,
-                         "problem_seed": args.problem_seed, "batch_size": args.batch_size, "device": args.device[0],
-                         "dtype": args.dtype, "config": asdict(self.plain.config), "training": asdict(training)}
+        problems, config = train_toy.problems("test", count, args.problem_seed), config_of(args, TOY_INTERVAL)
+        self.plain = Job(folder, self.names, config, tuple(problems), args.device[0], args.dtype)
+        self.settings = {"task": "toy", "members": self.names, "device": args.device[0]}
+        self.settings |= {name: getattr(args, name) for name in ("problems", "problem_seed", "batch_size", "dtype")}
+        self.settings |= {"config": asdict(config), "training": asdict(training)}
         self.prints = {"questions": fingerprint(self.plain.questions())}
         open_results(self.out, self.settings, self.prints)
 
@@ -490,21 +511,19 @@ class Toy:
         return records
 
     @functools.cached_property
-    def best(self) -> str:
-        """The member that is best on the validation problems of its training."""
-        accuracies = [record["validation_accuracy"] for record in self.train()]
-        return self.names[accuracies.index(max(accuracies))]
+    def ranked(self) -> list[str]:
+        """The two members, the one first that is better on the validation problems of their training."""
+        accuracies = {name: record["validation_accuracy"] for name, record in zip(self.names, self.train())}
+        return sorted(self.names, key=lambda name: -accuracies[name])
 
-    @property
-    def other(self) -> str:
-        return next(name for name in self.names if name != self.best)
-
-    def job(self, members: Sequence[str] | None = None, *, problems: Sequence[train_toy.Problem] | None = None,
-            restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any) -> Job:  # fmt: skip
+    def job(
+        self, members: Sequence[str] | None = None, *, problems: Iterable[train_toy.Problem] | None = None,
+        restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any,
+    ) -> Job:  # fmt: skip
         """By default of the first two members, all problems, and the command's own settings."""
-        return replace(self.plain, names=tuple(members or self.names), config=replace(self.plain.config, **config),
-                       problems=self.plain.problems if problems is None else tuple(problems), restart=restart,
-                       temperature=temperature)  # fmt: skip
+        asked = self.plain.problems if problems is None else tuple(problems)
+        settings, names = replace(self.plain.config, **config), tuple(members or self.names)
+        return replace(self.plain, names=names, config=settings, problems=asked, restart=restart, temperature=temperature)
 
     def run(self, *members: Sequence[str], **changes: Any) -> Run:
         """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
@@ -525,19 +544,16 @@ class Toy:
                 bar.update(len(records))
         return [file.done[p.prompt] for p in job.problems]
 
+    def title(self, job: Job) -> str:
+        """Members, and what differs from the command's own settings; the name of a file."""
+        settings = [{**vars(x.config), "temperature": x.temperature, "restart": x.restart} for x in (job, self.plain)]
+        parts = [f"{key}={value}" for key, value in settings[0].items() if value != settings[1][key]]
+        return re.sub(r"[^\w.=-]+", "-", " ".join(["-".join(job.names), *parts]))
+
     def relay_solves(self) -> list[train_toy.Problem]:
         """The problems that no member solves alone and TIE does."""
         solved = self.run().correct & ~self.run(interval=T).oracle.correct
         return [*itertools.compress(self.plain.problems, solved)]
-
-    def title(self, job: Job) -> str:
-        """Members, and what differs from the command's own settings; the name of a file."""
-        def said(of: Job) -> dict:
-            return {**vars(of.config), "temperature": of.temperature, "restart": of.restart}
-
-        usual = said(self.plain)
-        parts = [f"{key}={value}" for key, value in said(job).items() if value != usual[key]]
-        return re.sub(r"[^\w.=-]+", "-", " ".join(["-".join(job.names), *parts]))
 
 
 # --- the tables, in the paper's order, and those beyond it --------------------------------------------
@@ -546,8 +562,9 @@ T = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # steps at one token a
 TOY_INTERVAL = 2  # n
 METHODS: dict[str, dict] = {"post-generation": {"interval": T}, **{f"tie {s}": {"score": s} for s in tie.SCORES}}
 TCC, *LOGIT = [name for name in METHODS if name != "post-generation"]
-STARTS = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T),
-          "all reasoning": train_toy.REASONING_LENGTH}  # Table 2: steps of the other's trajectory; the last is ours
+STARTS = {  # Table 2: steps of the other's trajectory; the last is ours
+    "first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T), "all reasoning": train_toy.REASONING_LENGTH
+}  # fmt: skip
 INTERVALS = {2: 8, 4: 16, 8: 32}  # Table 6: n on the toy, T = 32, and in the paper, T = 256
 SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
 SIZES = range(1, 5)  # M
@@ -555,144 +572,157 @@ TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5, 1 on validation problem
 
 
 def table_1(toy: Toy) -> Table:
-    alone, rows, gaps = toy.run(interval=T, normalize=False), {}, []
+    alone, rows, gaps = toy.run(interval=T, normalize=False), {}, {}
     for name in toy.names:
         counts = alone.tcc(name)
-        rows[f"member {name}"] = {label: {**estimate(np.mean, own), "n": len(own)} for label, own in counts.items()}
+        rows[f"member {name}"] = {label: estimate(np.mean, own) for label, own in counts.items()}
         gap = estimate(lambda right, wrong: wrong.mean() - right.mean(), *counts.values())
-        gaps.append(excess(f"member {name}, incorrect - correct", gap))
-    return Table("token change count C(T) of correct and of incorrect answers", rows,
-                 {"The answer tokens change more often where the answer is incorrect": gaps},
-                 {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19),
-                  "LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)})  # fmt: skip
+        gaps[f"member {name}, incorrect - correct"] = excess(0, gap)
+    claims = {"The answer tokens change more often where the answer is incorrect": gaps}
+    paper = {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19)}
+    paper |= {"LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)}
+    return Table("token change count C(T) of correct and of incorrect answers", rows, claims, paper)
 
 
 def table_2(toy: Toy) -> Table:
     """Each member on what it failed alone and the other solved, from the start of the other's trajectory."""
-    alone, rows = toy.run(interval=T), {}
+    alone, rows, half = toy.run(interval=T), {}, {}
     for receiver, sender in itertools.permutations(toy.names, 2):
-        failed = [*itertools.compress(toy.plain.problems, alone.of(sender).correct & ~alone.of(receiver).correct)]
-        rows[f"member {receiver}"] = {start: toy.run(receiver, problems=failed, restart=(sender, steps), interval=T)
-                                      for start, steps in STARTS.items()}  # fmt: skip
-    half = [excess(f"{row} - half", cell(runs["first 50 %"]), 0.5) for row, runs in rows.items()]
-    return Table("correction rate after a restart from another member's correct trajectory, %", rows,
-                 {"Restarted from the first 50 %, a member corrects more than half of what it failed alone": half},
-                 {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57),
-                  "LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)})  # fmt: skip
+        failed = alone.of(sender).correct & ~alone.of(receiver).correct  # (problems,)
+        problems, row = [*itertools.compress(toy.plain.problems, failed)], f"member {receiver}"
+        rows[row] = {
+            start: toy.run(receiver, problems=problems, restart=(sender, steps), interval=T)
+            for start, steps in STARTS.items()
+        }
+        half[f"{row} - half"] = excess(0.5, accuracy(rows[row]["first 50 %"].correct))
+    claims = {"Restarted from the first 50 %, a member corrects more than half of what it failed alone": half}
+    paper = {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57)}
+    paper |= {"LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)}
+    return Table("correction rate after a restart from another member's correct trajectory, %", rows, claims, paper)
 
 
 def table_3(toy: Toy) -> Table:
     runs = {name: toy.run(**config) for name, config in METHODS.items()}
-    after = runs["post-generation"]
-    rivals = {"the best member": after.best, "post-generation": after}
-    claims = {f"TIE is ahead of {rival} with every score":
-              [difference(f"{name} - {rival}", runs[name], own) for name in (TCC, *LOGIT)]
-              for rival, own in rivals.items()}  # fmt: skip
-    paper = zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), ((x,) for x in BENCHMARKS["gsm8k"].table_3))
+    after, claims = runs["post-generation"], {}
+    for rival, own in {"the best member": after.best, "post-generation": after}.items():
+        differences = {f"{name} - {rival}": difference(runs[name], own) for name in (TCC, *LOGIT)}
+        claims[f"TIE is ahead of {rival} with every score"] = differences
+    paper = {name: (x,) for name, x in zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), BENCHMARKS["gsm8k"].table_3)}
     rows = {f"member {name}": after.of(name) for name in toy.names} | runs
-    return Table("main result, accuracy % / forwards", rows, claims, dict(paper))
+    return Table("main result, accuracy % / forwards", rows, claims, paper)
 
 
 def table_5(toy: Toy) -> Table:
     """Intervals by bootstrap over problems, since the relays of one problem are not independent."""
-    rows, rates = {}, []
+    rows, rates = {}, {}
     for name in (TCC, *LOGIT):
-        leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records if len(r["leaders"]) > 1]
-        counts = np.array([(sum(a != b for a, b in itertools.pairwise(own)), len(own) - 1) for own in leaders])
+        relays = [r["leaders"] for r in toy.run(**METHODS[name]).records if len(r["leaders"]) > 1]
+        counts = np.array([(sum(a != b for a, b in itertools.pairwise(own)), len(own) - 1) for own in relays])
         rate = estimate(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), counts)  # (problems, 2)
-        rows[name] = {"change rate": {**rate, "n": int(counts[:, 1].sum()) if leaders else 0}}
-        rates.append(excess(name, rate))
-    return Table("model change rate, % of relays whose leader differs from the relay before", rows,
-                 {"The lead changes between relays with every score": rates})  # fmt: skip
+        rows[name] = {"change rate": {**rate, "n": int(counts[:, 1].sum()) if relays else 0}}
+        rates[name] = excess(0, rate)
+    claims = {"The lead changes between relays with every score": rates}
+    return Table("model change rate, % of relays whose leader differs from the relay before", rows, claims)
 
 
 def table_6(toy: Toy) -> Table:
-    after, runs = toy.run(interval=T), {n: toy.run(interval=n) for n in INTERVALS}
-    rows = {f"n = {n}, paper {INTERVALS[n]}": run for n, run in runs.items()} | {"post-generation": after}
-    ahead = [difference(f"n = {n}", run, after) for n, run in runs.items()]
-    return Table("ensemble interval n, accuracy %", rows, {"TIE is ahead of post-generation at every n": ahead})
+    after, runs = toy.run(interval=T), {f"n = {n}": toy.run(interval=n) for n in INTERVALS}
+    rows = {f"{name}, paper {n}": run for (name, run), n in zip(runs.items(), INTERVALS.values())}
+    claims = {"TIE is ahead of post-generation at every n": ahead(runs, after)}
+    return Table("ensemble interval n, accuracy %", {**rows, "post-generation": after}, claims)
 
 
 def table_7(toy: Toy) -> Table:
     after = {speed: toy.run(interval=T, **own) for speed, own in SPEEDS.items()}
     runs = {speed: toy.run(**own) for speed, own in SPEEDS.items()}
     rows = {f"member {name}": {speed: run.of(name) for speed, run in after.items()} for name in toy.names}
-    claims = {f"TIE is ahead with {speed}": [difference("TIE - the best member", run, after[speed].best),
-                                             difference("TIE - post-generation", run, after[speed])]
-              for speed, run in runs.items()}  # fmt: skip
+    claims = {}
+    for speed, run in runs.items():
+        rivals = {"the best member": after[speed].best, "post-generation": after[speed]}
+        differences = {f"TIE - {rival}": difference(run, own) for rival, own in rivals.items()}
+        claims[f"TIE is ahead with {speed}"] = differences
     return Table("accelerated decoding, accuracy % / forwards", rows | {"post-generation": after, TCC: runs}, claims)
 
 
 def table_8(toy: Toy) -> Table:
     runs = {"without": toy.run(normalize=False), "with": toy.run()}
-    helps = [difference("with - without", runs["with"], runs["without"])]
-    return Table("normalisation of the token change count, accuracy %", {TCC: runs}, {"Normalisation helps": helps},
-                 {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)})  # fmt: skip
+    claims = {"Normalisation helps": {"with - without": difference(runs["with"], runs["without"])}}
+    paper = {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)}
+    return Table("normalisation of the token change count, accuracy %", {TCC: runs}, claims, paper)
 
 
 def table_9(toy: Toy) -> Table:
-    rows = {name: {"source-only": toy.run(cross_model=False, **METHODS[name]), "cross-model": toy.run(**METHODS[name])}
-            for name in LOGIT}  # fmt: skip
-    claims = {f"Cross-model scoring helps {name}":
-              [difference("cross-model - source-only", runs["cross-model"], runs["source-only"])]
-              for name, runs in rows.items()}  # fmt: skip
-    return Table("source-only and cross-model scoring, accuracy %", rows, claims,
-                 {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)})  # fmt: skip
+    rows, claims = {}, {}
+    for name in LOGIT:
+        source, cross = toy.run(cross_model=False, **METHODS[name]), toy.run(**METHODS[name])
+        rows[name] = {"source-only": source, "cross-model": cross}
+        claims[f"Cross-model scoring helps {name}"] = {"cross-model - source-only": difference(cross, source)}
+    paper = {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)}
+    return Table("source-only and cross-model scoring, accuracy %", rows, claims, paper)
 
 
 def table_10(toy: Toy) -> Table:
     run = toy.run()
-    others = {"best model": run.of(toy.best), "most selected": run.most_selected}
-    best = [difference(f"lowest C~ - {name}", run, other) for name, other in others.items()]
-    return Table("final selection, accuracy %; the best model is the best on validation problems",
-                 {TCC: {"lowest C~": run, **others}}, {"The lowest C~ selects best": best},
-                 {"GSM8K": (83.47, 81.65, 83.17)})  # fmt: skip
+    others = {"best model": run.of(toy.ranked[0]), "most selected": run.most_selected}
+    best = {f"lowest C~ - {name}": difference(run, other) for name, other in others.items()}
+    title = "final selection, accuracy %; the best model is the best on validation problems"
+    rows, paper = {TCC: {"lowest C~": run, **others}}, {"GSM8K": (83.47, 81.65, 83.17)}
+    return Table(title, rows, {"The lowest C~ selects best": best}, paper)
 
 
 def table_members(toy: Toy) -> Table:
     toy.train(train_toy.plan_members(toy.training, max(SIZES)))
-    after = {m: toy.run(train_toy.NAMES[:m], interval=T) for m in SIZES}
-    runs = {m: toy.run(train_toy.NAMES[:m]) for m in SIZES}
-    rows = {f"M = {m}": {"best member": after[m].best, "oracle": after[m].oracle, "post-generation": after[m],
-                         "TIE": runs[m]} for m in SIZES}  # fmt: skip
-    further = [difference(f"M = {m + 1} - M = {m}", runs[m + 1], runs[m]) for m in SIZES[:-1]]
-    ahead = [difference(f"M = {m}", runs[m], after[m]) for m in SIZES[1:]]
-    claims = {"TIE gains with every further member": further, "TIE is ahead of post-generation": ahead}
+    rows, further, gained = {}, {}, {}
+    for m in SIZES:
+        after, run = toy.run(train_toy.NAMES[:m], interval=T), toy.run(train_toy.NAMES[:m])
+        rows[f"M = {m}"] = {"best member": after.best, "oracle": after.oracle, "post-generation": after, "TIE": run}
+        if m > 1:
+            further[f"M = {m} - M = {m - 1}"] = difference(run, rows[f"M = {m - 1}"]["TIE"])
+            gained[f"M = {m}"] = difference(run, after)
+    claims = {"TIE gains with every further member": further, "TIE is ahead of post-generation": gained}
     return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows, claims)
 
 
 def table_cost(toy: Toy) -> Table:
-    best, other, twice = toy.best, toy.other, replace(toy.training, steps=2 * toy.training.steps)
-    toy.train({**train_toy.plan_members(toy.training, max(SIZES)), f"{best}-long": (twice, best),
-               "union": (twice, best + other)})  # fmt: skip
+    (best, other), twice = toy.ranked, replace(toy.training, steps=2 * toy.training.steps)
+    plan = {f"{best}-long": (twice, best), "union": (twice, best + other)}
+    toy.train(train_toy.plan_members(toy.training, max(SIZES)) | plan)
+    longer = toy.run([f"{best}-long"], interval=T)
+    union = toy.run(["union"] * 2, interval=T, temperature=TEMPERATURE).vote(2)
     samples = toy.run([best] * max(SIZES), interval=T, temperature=TEMPERATURE)
-    longer, union = toy.run([f"{best}-long"], interval=T), toy.run(["union"] * 2, interval=T, temperature=TEMPERATURE)
-    votes, runs = {m: samples.vote(m) for m in SIZES[1:]}, {m: toy.run(train_toy.NAMES[:m]) for m in SIZES[1:]}
-    rows = {"best member, greedy": toy.run(interval=T).of(best), "best member, trained twice as long": longer,
-            "one member, training and forwards of both": union.vote(2),
-            **{f"best member, vote of {m} samples": vote for m, vote in votes.items()},
-            **{f"TIE of {m} members": run for m, run in runs.items()}}  # fmt: skip
-    return Table("equal cost, TIE against votes over samples of one member, accuracy % / forwards", rows, {
-        "TIE is ahead of as many samples of its best member":
-        [difference(f"M = {m}", runs[m], vote) for m, vote in votes.items()],
-        "TIE of two is ahead of the best member trained twice as long":
-        [difference("TIE - best member", runs[2], longer)],
+    rows = {
+        "best member, greedy": toy.run(interval=T).of(best),
+        "best member, trained twice as long": longer,
+        "one member, training and forwards of both": union,
+    }
+    rows |= {f"best member, vote of {m} samples": samples.vote(m) for m in SIZES[1:]}
+    runs = {m: toy.run(train_toy.NAMES[:m]) for m in SIZES[1:]}
+    votes = {f"M = {m}": difference(run, samples.vote(m)) for m, run in runs.items()}
+    claims = {
+        "TIE is ahead of as many samples of its best member": votes,
+        "TIE of two is ahead of the best member trained twice as long": ahead({"TIE - best member": runs[2]}, longer),
         "TIE of two is ahead of one member with the training and the forwards of both":
-        [difference("TIE - one member", runs[2], union.vote(2))]})  # fmt: skip
+            ahead({"TIE - one member": runs[2]}, union),
+    }  # fmt: skip
+    title = "equal cost, TIE against votes over samples of one member, accuracy % / forwards"
+    return Table(title, {**rows, **{f"TIE of {m} members": run for m, run in runs.items()}}, claims)
 
 
 def table_unequal(toy: Toy) -> Table:
-    weak = f"{toy.other}-weak"
-    toy.train({weak: (replace(toy.training, gaps=min(2 * toy.training.gaps, train_toy.GAPS)), toy.other)})
-    runs = {name: toy.run([toy.best, weak], **config) for name, config in METHODS.items()}
-    better = runs["post-generation"].of(toy.best)
+    best, other = toy.ranked
+    weak, gaps = f"{other}-weak", min(2 * toy.training.gaps, train_toy.GAPS)
+    toy.train({weak: (replace(toy.training, gaps=gaps), other)})
+    runs = {name: toy.run([best, weak], **config) for name, config in METHODS.items()}
+    better = runs["post-generation"].of(best)
     rows = {"the better member": better, "the weaker one": runs["post-generation"].of(weak)} | runs
-    ahead = [difference(name, runs[name], better) for name in (TCC, *LOGIT)]
-    return Table("a member far weaker than the other, accuracy %", rows, {"TIE is ahead of the better member": ahead})
+    claims = {"TIE is ahead of the better member": ahead({name: runs[name] for name in (TCC, *LOGIT)}, better)}
+    return Table("a member far weaker than the other, accuracy %", rows, claims)
 
 
-PAPER = {"1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
-         "10": table_10}  # fmt: skip
+PAPER = {
+    "1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
+    "10": table_10,
+}  # fmt: skip
 BEYOND = {"members": table_members, "cost": table_cost, "unequal": table_unequal}
 
 
@@ -701,102 +731,100 @@ def main_table(runs: dict[str, Run]) -> dict:
     after, methods = runs.get("post-generation"), dict[str, Method](runs)
     if after:
         methods = {f"member {name}": after.of(name) for name in after.names} | {"oracle": after.oracle} | runs
-    rows = []
+    rows, comparisons = [], []
     for name, method in methods.items():
-        kind, score = ("tie", name[4:]) if name in METHODS and name != "post-generation" else (name, None)
-        rows.append({"method": kind, "score": score, **accuracy(method.correct), "forwards": method.forwards,
-                     "change_rate": method.change_rate})  # fmt: skip
+        kind, score = ("tie", name[4:]) if name.startswith("tie ") else (name, None)
+        own = accuracy(method.correct)
+        row = {"method": kind, "score": score, "accuracy": own["value"], "ci95": own["ci95"]}
+        rows.append({**row, "forwards": method.forwards, "change_rate": method.change_rate})
         if after and score:
-            solved = method.correct[~after.right.any(1)]
-            rows[-1]["none_alone"] = {"value": float(solved.mean()) if len(solved) else None, "n": len(solved)}
+            solved = accuracy(method.correct[~after.right.any(1)])
+            rows[-1]["none_alone"] = {"value": solved["value"], "n": solved["n"]}
     if not after:
         return {"rows": rows, "comparisons": []}
-    comparisons = [difference(f"{name} - {rival}", run, own) for name, run in runs.items()
-                   for rival, own in {"best member": after.best, "post-generation": after}.items() if run is not own]
-    tcc = [{"member": name} | {label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}
-           for name in after.names]  # fmt: skip
-    best = f"member {after.names[after.right.sum(0).argmax()]}"
-    return {"rows": rows, "comparisons": comparisons, "best_member": best, "tcc": tcc}
+    for name, run in runs.items():
+        for rival, theirs in {"best member": after.best, "post-generation": after}.items():
+            if run is not theirs:
+                comparisons.append({"name": f"{name} - {rival}", **difference(run, theirs)})
+    tcc = []
+    for name in after.names:
+        means = {label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}
+        tcc.append({"member": name, **means})
+    return {"rows": rows, "comparisons": comparisons, "best_member": f"member {after.best_member}", "tcc": tcc}
 
 
 def show_main(table: dict) -> None:
     """Accuracies in percent, differences in percentage points."""
-    paper = "paper" if any("paper" in row for row in table["rows"]) else ""
-    said = {c["name"]: figure(c, c["difference"], signed=True) for c in table["comparisons"]}
-    heads = ("method", "accuracy", "95 % interval", "- best member", "- post-generation", "changes", "forwards")
-    lines = [[*heads, paper]]
+    said = {c["name"]: figure(c, "difference") for c in table["comparisons"]}
+    grid, notes = {}, []
     for row in table["rows"]:
         name = " ".join(filter(None, (row["method"], row["score"])))
-        lines.append([name, percent(row["accuracy"]), f"[{', '.join(map(percent, row['ci95']))}]",
-                      said.get(f"{name} - best member", ""), said.get(f"{name} - post-generation", ""),
-                      percent(row["change_rate"]), f"{row['forwards']:.1f}", str(row.get("paper") or "")])  # fmt: skip
-    show_grid(lines)
-    for row in table["rows"]:
+        grid[name] = {"accuracy": percent(row["accuracy"]), "95 % interval": f"[{', '.join(map(percent, row['ci95']))}]"}
+        grid[name] |= {f"- {rival}": said.get(f"{name} - {rival}", "") for rival in ("best member", "post-generation")}
+        grid[name] |= {"changes": percent(row["change_rate"]), "forwards": f"{row['forwards']:.1f}"}
+        if row.get("paper"):
+            grid[name]["paper"] = str(row["paper"])
         if (none := row.get("none_alone")) and none["n"]:
             solved = f"{row['score']} solves {percent(none['value'])} %"
-            print(f"{solved} of the {none['n']} problems that no member solves alone")
+            notes.append(f"{solved} of the {none['n']} problems that no member solves alone")
     for t in table.get("tcc", []):
-        means = [f"{t[x]:.2f} {x}" for x in ("correct", "incorrect") if t[x] is not None]
-        print(f"C~(T) of member {t['member']} alone, mean over its answers: {', '.join(means)}")
+        means = ", ".join(f"{t[label]:.2f} {label}" for label in ("correct", "incorrect") if t[label] is not None)
+        notes.append(f"C~(T) of member {t['member']} alone, mean over its answers: {means}")
+    show_grid("method", grid)
+    for note in notes:
+        print(note)
 
 
-# --- figures and the trace ----------------------------------------------------------------------------
+# --- figures, and the trace of one decoding -----------------------------------------------------------
+
+BLUE, ORANGE, RED, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"  # of Okabe and Ito: the colour-blind tell them apart
 
 
 def draw_figure_1(toy: Toy, path: Path) -> None:
     """The three confidences of each member alone after every step, correct and incorrect answers apart."""
     from matplotlib.figure import Figure  # outside pyplot, drawn by Agg
 
-    sheet = Figure(figsize=(4.2 * len(toy.names), 8.4), layout="constrained")
-    panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row", squeeze=False)
+    sheet = Figure(figsize=(7.2, 7.2), layout="constrained")
+    panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row")
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
         run = toy.run([name, name], score=score, interval=1, cross_model=False)  # scored at each step, as alone
-        panel, sizes = panels[i][m], list[str]()
         scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
         curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
-        for label, chosen, line in (("correct", run.correct, "C0-"), ("incorrect", ~run.correct, "C3--")):
-            sizes.append(f"{chosen.sum()} {label}")
-            own, steps = curves[chosen], np.arange(1, curves.shape[1] + 1)
+        steps = np.arange(1, curves.shape[1] + 1)
+        for label, chosen, colour, line in (("correct", run.correct, BLUE, "-"), ("incorrect", ~run.correct, RED, "--")):
+            own = curves[chosen]
             mean, half = own.mean(0), 1.96 * own.std(0) / np.sqrt(np.maximum(own.count(0), 1))
-            panel.plot(steps, mean, line, label=label)
-            panel.fill_between(steps, mean - half, mean + half, color=line[:2], alpha=0.2, linewidth=0)
-        panel.set(ylabel="" if m else labels[i], xlabel="decoding step" if i == 2 else "",
-                  title="" if i else f"member {name} alone: {', '.join(sizes)}")  # fmt: skip
-        panel.legend()
-    sheet.suptitle("Confidence over the masked answer positions; mean and 95 % band")
-    sheet.savefig(path, dpi=150)
+            panels[i][m].plot(steps, mean, line, color=colour, label=label)
+            panels[i][m].fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
+        panels[0][m].set_title(f"{name} alone: {run.correct.sum()} correct, {(~run.correct).sum()} incorrect", fontsize=10)
+        panels[-1][m].set_xlabel("decoding step")
+        panels[i][0].set_ylabel(labels[i])
+    sheet.suptitle("Confidence over the masked answer positions; mean and 95 % band", fontsize=11)
+    sheet.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    sheet.savefig(path, dpi=200)
 
 
 def draw_figure_3(toy: Toy, path: Path) -> None:
     """When the leader changes: of the relays at each place, those whose leader differs from the relay before."""
     from matplotlib.figure import Figure
 
-    sheet, n = Figure(figsize=(6, 4), layout="constrained"), toy.plain.config.interval
+    sheet, n = Figure(figsize=(7.2, 4.4), layout="constrained"), toy.plain.config.interval
     panel = sheet.subplots()
-    for k, (name, style) in enumerate(zip((TCC, *LOGIT), ("o-", "s--", "^-.", "D:"))):
+    for k, (name, colour, style) in enumerate(zip((TCC, *LOGIT), (BLUE, ORANGE, GREEN, RED), ("o-", "s--", "^-.", "D:"))):
         leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records]
         places = range(1, max(map(len, leaders)))
-        rates = [accuracy(own[i] != own[i - 1] for own in leaders if len(own) > i) for i in places]
-        values = np.array([100 * rate["accuracy"] for rate in rates])  # (places,)
+        rates = [accuracy([own[i] != own[i - 1] for own in leaders if len(own) > i]) for i in places]
+        values = np.array([100 * rate["value"] for rate in rates])  # (places,)
         bars = np.abs(100 * np.array([rate["ci95"] for rate in rates]).reshape(-1, 2).T - values)  # (2, places)
         steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in places]  # apart, so that bars can be told
-        panel.errorbar(steps, values, bars, fmt=style, capsize=3, label=name[4:].replace("_", " "))
+        label = name[4:].replace("_", " ").replace("top1", "top-1")
+        panel.errorbar(steps, values, bars, fmt=style, color=colour, markersize=5, elinewidth=0.8, label=label)
     panel.set(xlabel="relative decoding step", ylabel="relays that change the leader (%)", xlim=(0, 1))
     panel.set_ylim(bottom=-1)
-    panel.set_title(f"{len(toy.plain.problems)} problems, n = {n}, T = {T}; bars: 95 % intervals")
-    sheet.legend(loc="outside upper center", ncols=2)
-    sheet.savefig(path, dpi=150)
-
-
-def prepare_figures(folder: Path) -> None:
-    """ValueError or OSError, before anything is trained, where no figure can be drawn or saved."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install matplotlib")
-    with file_errors("use --figure", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "figure.part").touch()
-        (folder / "figure.part").unlink()
+    panel.set_title(f"{len(toy.plain.problems)} problems, n = {n}, T = {T}; bars: 95 % intervals", fontsize=11)
+    sheet.legend(loc="outside lower center", ncols=2)
+    sheet.savefig(path, dpi=200)
 
 
 @dataclass
@@ -849,16 +877,16 @@ class Trace:
             self.states = [(canvas, authors, None) for _ in self.states]
 
 
-# Of members A and B: cell and token in the picture, the terminal's colour. Blue and orange of Okabe and Ito, which the
-# colour-blind tell apart; and so that no colour is needed, light on dark and dark on light, plain and underlined.
-INK = (("#0072B2", "white", "38;5;32"), ("#E69F00", "black", "4;38;5;172"))
-CHANGED = "#D55E00"
+# Of members A and B: a cell in the picture, its token, and the terminal's colour. So that no colour is needed, light on
+# dark and dark on light, plain and underlined.
+INK = ((BLUE, "white", "38;5;32"), (ORANGE, "black", "4;38;5;172"))
 
 
-def laid_out(signs: Iterable[str], authors: list[int]) -> str:
+def laid_out(signs: Iterable[str], frame: Frame) -> str:
     """A sign a token, in the layout that people read, and in its author's colour where the terminal has colours."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        signs = [f"\033[{INK[m][2]}m{sign}\033[0m" if m >= 0 else sign for sign, m in zip(signs, authors)]
+        pairs = zip(signs, frame.authors)
+        signs = [f"\033[{INK[m][2]}m{sign}\033[0m" if m >= 0 else sign for sign, m in pairs]
     rest, layout = iter(signs), train_toy.readable([train_toy.MASK] * train_toy.LENGTH)
     return "".join(next(rest) if place == "_" else place for place in layout)
 
@@ -866,30 +894,26 @@ def laid_out(signs: Iterable[str], authors: list[int]) -> str:
 def show_trace(trace: Trace) -> None:
     """The members alone, `^` where they are wrong; then what each holds after each round, `_` where masked, the answer
     that it would give next, `'` where that changed within the round, its score, and who leads, so is relayed to all."""
-
-    def show(label: str, signs: Iterable[str], frame: Frame, rest: str = "") -> None:
-        print(f"{label:>9} {laid_out(signs, frame.authors)}  {rest}".rstrip())
-
-    right = train_toy.readable(trace.problem.sequence)
+    right, signs = train_toy.readable(trace.problem.sequence), train_toy.VOCABULARY
     print(f"\n{trace.problem.prompt:60}next              score\n{'right':>9} {right}")
     for name, ids in zip(trace.names, trace.alone):
         alone = train_toy.readable(ids)
         print(f"{name + ' alone':>9} {alone}")
         print(" " * 10 + "".join(" ^"[a != b] for a, b in zip(alone, right)).rstrip())
-    begin, signs = 0, train_toy.VOCABULARY
+    begin = 0
     for step, scores, leader in trace.rounds:
         for m, name in enumerate(trace.names):
             frame, own = trace.frames[m][:step][-1], trace.frames[m][begin:step]
-            marks = [" '"[any(f.changed[a] for f in own)] for a in range(train_toy.ANSWER_LENGTH)]
-            rest = "".join(signs[i] + mark for i, mark in zip(frame.answer, marks))
-            rest += f"{scores[m] + 0.0:7.3f}" if math.isfinite(scores[m]) else ""  # -0.0 reads as 0
-            label = name if m else f"step {step:2} {name}"
-            show(label, [signs[i] for i in frame.tokens], frame, rest + "  leads" * (m == leader))
+            changed = [any(f.changed[a] for f in own) for a in range(len(frame.answer))]
+            answer = "".join(signs[i] + " '"[changed[a]] for a, i in enumerate(frame.answer))
+            score = f"{scores[m] + 0.0:6.3f}" if math.isfinite(scores[m]) else ""  # -0.0 reads as 0
+            label, leads = name if m else f"step {step:2} {name}", "leads" if m == leader else ""
+            print(f"{label:>9} {laid_out((signs[i] for i in frame.tokens), frame)}  {answer} {score}  {leads}".rstrip())
         begin = step
     tcc = ", ".join(f"{name} {count:.3f}" for name, count in zip(trace.names, trace.tcc))
     outcome = "right" if trace.answer == trace.problem.answer else "wrong"
-    show("TIE", [signs[i] for i in trace.final.tokens], trace.final, f"{outcome}; C~(T): {tcc}")
-    show("by", [trace.names[m] for m in trace.final.authors], trace.final)
+    print(f"      TIE {laid_out((signs[i] for i in trace.final.tokens), trace.final)}  {outcome}; C~(T): {tcc}")
+    print(f"       by {laid_out((trace.names[m] for m in trace.final.authors), trace.final)}")
 
 
 def show_traces(toy: Toy) -> None:
@@ -914,21 +938,21 @@ def draw_trace(toy: Toy, path: Path) -> None:
         draw_frames(panel, frames)
     panels[0].set_ylabel("decoding step", fontsize=8)
     for step, _, leader in trace.rounds:
-        for receiver in range(len(panels)) if leader >= 0 else ():
-            panels[receiver].axhline(step + 0.5, color="black", linewidth=0.7)
-            if receiver != leader:
-                right = int(receiver > leader)
-                places = [panels[m].get_yaxis_transform() for m in (leader, receiver)]
-                sheet.add_artist(ConnectionPatch((right, step + 0.5), (1 - right, step + 0.5), *places, linewidth=0.8,
-                                                 arrowstyle="-|>", mutation_scale=8, facecolor="black"))  # fmt: skip
+        if leader >= 0:  # from the leader's panel to the other
+            for panel in panels:
+                panel.axhline(step + 0.5, color="black", linewidth=0.7)
+            ends = [((1 - m, step + 0.5), panels[m].get_yaxis_transform()) for m in (leader, 1 - leader)]
+            (start, its), (end, theirs) = ends
+            arrow = ConnectionPatch(start, end, its, theirs, arrowstyle="-|>", mutation_scale=8, facecolor="black")
+            sheet.add_artist(arrow)
     handles = [Patch(color=INK[m][0], label=f"committed by {name}") for m, name in enumerate(trace.names)]
-    handles.append(Patch(facecolor="white", edgecolor=CHANGED, label="top-1 of the answer; framed: it changed"))
+    handles.append(Patch(facecolor="white", edgecolor=RED, label="top-1 of the answer; framed: it changed"))
     sheet.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
-    which = "that no member solves alone and TIE does" if found else "was drawn: TIE solves none that members do not"
+    which = "that no member solves alone and TIE does" if found else "(TIE solves none that no member solves alone)"
     said = [train_toy.decode(ids[train_toy.ANSWER]) for ids in trace.alone]
     alone = ", ".join(f"{name} alone {answer}" for name, answer in zip(trace.names, said))
-    sheet.suptitle(f"{trace.problem.prompt.replace(' ', '')}{trace.problem.answer}, the first test problem {which}\n"
-                   f"({alone}, TIE {trace.answer}); arrows: relay of the leader's sequence", fontsize=9)  # fmt: skip
+    title = f"{trace.problem.prompt.replace(' ', '')}{trace.problem.answer}, the first test problem {which}"
+    sheet.suptitle(f"{title}\n({alone}, TIE {trace.answer}); arrows: relay of the leader's sequence", fontsize=9)
     sheet.savefig(path, dpi=200)
 
 
@@ -936,25 +960,37 @@ def draw_frames(panel: Any, frames: list[Frame]) -> None:
     """Each step's tokens in their authors' colours, and the top-1 of masked answer positions, framed where it changed."""
     from matplotlib.patches import Rectangle
 
+    numbers = train_toy.REASONING_LENGTH  # (T,) from here on the answer
     for y, frame in enumerate(frames, 1):
-        foreseen = [train_toy.MASK] * train_toy.REASONING_LENGTH + frame.answer  # (T,)
-        changed = [False] * train_toy.REASONING_LENGTH + frame.changed  # (T,)
+        top1, changed = [train_toy.MASK] * numbers + frame.answer, [False] * numbers + frame.changed  # (T,)
         for x, m in enumerate(frame.authors):
             cell, ink = INK[m][:2] if m >= 0 else ("#f2f2f2", "#444444")
-            look = {"edgecolor": CHANGED, "linewidth": 1.3, "zorder": 3} if changed[x] else {"zorder": 2}
-            panel.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, facecolor=cell, **look))
-            if foreseen[x] != train_toy.MASK or m >= 0:
-                panel.text(x, y, train_toy.VOCABULARY[frame.tokens[x] if m >= 0 else foreseen[x]], color=ink, zorder=4,
-                           ha="center", va="center_baseline", family="monospace", fontsize=6.5)  # fmt: skip
-    numbers = range(0, train_toy.REASONING_LENGTH + 1, 2 * train_toy.COLUMNS)  # where products, totals, answer begin
-    for x in numbers[1:]:
-        panel.axvline(x - 0.5, color="black", linewidth=0.7)
+            edge = {"edgecolor": RED, "linewidth": 1.3, "zorder": 3} if changed[x] else {"zorder": 2}
+            panel.add_patch(Rectangle((x - 0.45, y - 0.45), 0.9, 0.9, facecolor=cell, **edge))
+            token = frame.tokens[x] if m >= 0 else top1[x]
+            if token != train_toy.MASK:
+                look = {"color": ink, "zorder": 4, "family": "monospace", "fontsize": 6.5}
+                panel.text(x, y, train_toy.VOCABULARY[token], ha="center", va="center_baseline", **look)
+    middle = numbers / 2
+    for begin in (middle, numbers):
+        panel.axvline(begin - 0.5, color="black", linewidth=0.7)
     panel.set(xlim=(-0.5, T - 0.5), ylim=(len(frames) + 0.5, 0.5), yticks=range(2, len(frames) + 1, 2))
     panel.tick_params(labelsize=7)
-    panel.set_xticks([5.5, 17.5, 27.5], ["products", "running totals", "answer"], fontsize=8)
+    places = [middle / 2 - 0.5, 1.5 * middle - 0.5, (numbers + T - 1) / 2]
+    panel.set_xticks(places, ["products", "running totals", "answer"], fontsize=8)
 
 
 FIGURES = {"figure1.png": draw_figure_1, "figure3.png": draw_figure_3, "trace.png": draw_trace}
+
+
+def prepare_figures(folder: Path) -> None:
+    """ValueError or OSError, before anything is trained, where no figure can be drawn or saved."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install matplotlib")
+    with file_errors("use --figure", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "figure.part").touch()
+        (folder / "figure.part").unlink()
 
 
 # --- real checkpoints on the paper's benchmarks -------------------------------------------------------
@@ -1474,10 +1510,9 @@ def grade(task: str, question: Question, text: str, run_code: bool | str | None 
 
 def config_of(args: argparse.Namespace, interval: int, answer_window: int | None = None) -> tie.Config:
     """The algorithm's settings: as given, else the defaults of the task."""
-    return tie.Config(
-        interval=interval if args.interval is None else args.interval, score=args.score, top_k=args.top_k,
-        block_size=args.block_size, threshold=args.threshold, selection=args.selection, answer_window=answer_window,
-    )  # fmt: skip
+    names = ("score", "top_k", "block_size", "threshold", "selection")
+    given = {name: getattr(args, name) for name in names}
+    return tie.Config(interval=interval if args.interval is None else args.interval, answer_window=answer_window, **given)
 
 
 def run_toy(args: argparse.Namespace) -> None:
@@ -1517,10 +1552,13 @@ def toy_result(toy: Toy, names: list[str]) -> dict:
 
 def joined(results: list[dict], seeds: Iterable[int]) -> dict:
     """Of several training seeds: rows and comparisons of all, the tables' means, and each seed's own tables."""
-    flat = {key: [{**entry, "seed": seed} for seed, result in zip(seeds, results) for entry in result[key]]
-            for key in ("rows", "comparisons")}  # fmt: skip
+    by_seed = dict(zip(seeds, results))
+    flat = {
+        key: [{**entry, "seed": seed} for seed, result in by_seed.items() for entry in result[key]]
+        for key in ("rows", "comparisons")
+    }
     means = {name: average([result["tables"][name] for result in results]) for name in results[0]["tables"]}
-    return {**flat, "tables": means, "tables_by_seed": {seed: r["tables"] for seed, r in zip(seeds, results)}}
+    return {**flat, "tables": means, "tables_by_seed": {seed: result["tables"] for seed, result in by_seed.items()}}
 
 
 def finish(args: argparse.Namespace, effective: dict, table: dict) -> None:
@@ -1554,88 +1592,120 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+OPTIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {  # by what a person wants to do: argparse's words, help
+    "how to decode": {
+        "--interval": ({"type": int, "metavar": "N"},
+            ("steps between two relays; of one step alone token change count has nothing to compare (default: 2 on the "
+             "toy; the paper's for a benchmark)")),
+        "--score": ({"default": tie.SCORES[0], "choices": tie.SCORES, "metavar": "SCORE"},
+            f"of a benchmark run or a trace, the toy's table shows all: {', '.join(tie.SCORES)} (default: %(default)s)"),
+        "--selection": ({"default": tie.SELECTIONS[0], "choices": tie.SELECTIONS, "metavar": "RULE"},
+            (f"final response: {', '.join(tie.SELECTIONS)} (default: %(default)s); best_model takes the first member, "
+             "Table 10 the best")),
+        "--block-size": ({"type": int, "default": 16, "metavar": "N"},
+            "of semi-autoregressive decoding (default: %(default)s)"),
+        "--top-k": ({"type": int, "default": 1, "metavar": "K"}, "tokens committed a step (default: %(default)s)"),
+        "--threshold": ({"type": float, "metavar": "P"},
+            "commit every token above this probability instead, at least one a step"),
+    },
+    "what to do on the toy (default: the main table)": {
+        "--table": ({"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME"},
+            (f"tables of the paper, its own figures beside ours: {' '.join(PAPER)}, or all; and questions beyond the "
+             f"paper: {' '.join(BEYOND)}, or own for all of these")),
+        "--seeds": ({"type": int, "default": 1, "metavar": "N"},
+            "with --table: mean and spread over N training seeds from --seed on (default: %(default)s)"),
+        "--figure": ({"type": path, "metavar": "DIR"},
+            "draw Fig. 1 and Fig. 3 of the paper and the trace of one decoding as PNG in DIR"),
+        "--trace": ({"type": int, "metavar": "N"}, "show N decodings round by round"),
+        "--unsolved": ({"action": "store_true"},
+            "with --trace: of those --problems that no member solves alone and TIE does"),
+    },
+    "the toy's problems and members": {
+        "--problems": ({"type": int, "metavar": "N"}, "test problems (default: 400; 1000 for tables and figures)"),
+        "--problem-seed": ({"type": int, "default": 0, "metavar": "S"}, "which are drawn (default: %(default)s)"),
+        "--seed": ({"type": int, "default": 0, "metavar": "S"}, "training seed (default: %(default)s)"),
+        "--steps": ({"type": int, "default": train_toy.Settings.steps, "metavar": "N"},
+            "training steps a member (default: %(default)s)"),
+        "--checkpoints": ({"type": path, "default": Path("checkpoints"), "metavar": "DIR"},
+            "where members are kept (default: %(default)s)"),
+    },
+    "real checkpoints on a benchmark": {
+        "--members": ({"nargs": "+", "type": member_named, "default": [], "metavar": "NAME=FOLDER"},
+            "LLaDA and Dream: local folders, or names on the Hugging Face Hub"),
+        "--task": ({"choices": BENCHMARKS, "metavar": "TASK"}, ", ".join(BENCHMARKS)),
+        "--data": ({"type": path, "metavar": "FILE"}, "the benchmark's questions, as their owners publish them"),
+        "--limit": ({"type": int, "metavar": "N"}, "only the first N questions"),
+        "--single": ({"action": "store_true"}, "every member alone, instead of the ensemble"),
+        "--run-code": ({"nargs": "?", "const": "confined", "choices": ("confined", "unconfined")},
+            "run the code that the models write, in bubblewrap; unconfined: in a container that confines it already"),
+    },
+    "output and hardware": {
+        "--out": ({"type": path, "metavar": "DIR"},
+            "for records and summary; an interrupted run goes on where it stopped"),
+        "--json": ({"action": "store_true"}, "print one JSON object and nothing else on stdout"),
+        "--batch-size": ({"type": int, "metavar": "N"}, "questions decoded together (default: 32 on the toy; 8)"),
+        "--device": ({"nargs": "+"},
+            ("of the toy, training too (default: cpu); of real members, one for all or one each (default: a GPU where "
+             "there is one)")),
+        "--dtype": ({"choices": [name for name in DTYPES if name]},
+            "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)"),
+    },
+}  # fmt: skip
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    text, _, examples = (__doc__ or "").partition("Examples:\n")
-    parser = train_toy.Parser(prog="eval.py", description=text.splitlines()[0], epilog=f"examples:\n{examples}",
-                              allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add = parser.add_argument
-    add("--interval", type=int, help="n, steps between two relays; of one step alone token change count has "
-        "nothing to compare (default: 2 on the toy; the paper's for a benchmark)")  # fmt: skip
-    add("--block-size", type=int, default=16, help="block of semi-autoregressive decoding (default: %(default)s)")
-    add("--top-k", type=int, default=1, help="tokens committed a step (default: %(default)s)")
-    add("--threshold", type=float, help="commit every token above this probability instead, at least one a step")
-    add("--selection", default="lowest_tcc", choices=tie.SELECTIONS,
-        help="final response; best_model takes the first member, Table 10 the best (default: %(default)s)")  # fmt: skip
-    add("--score", default="token_change_count", choices=tie.SCORES,
-        help="score of a benchmark run; the toy's table shows all (default: %(default)s)")  # fmt: skip
-    add("--batch-size", type=int, help="questions decoded together (default: 32 on the toy; 8)")
-    add("--dtype", choices=list(DTYPES)[1:],
-        help="of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)")  # fmt: skip
-    add("--device", nargs="+", help="of the toy, training too (default: cpu); of real members, one for all or one each "
-        "(default: a GPU where there is one)")  # fmt: skip
-    add("--out", type=path, help="folder for records and summary; an interrupted run goes on where it stopped")
-    add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-    add_toy(parser.add_argument_group("toy").add_argument)
-    real = parser.add_argument_group("real checkpoints").add_argument
-    real("--members", nargs="+", type=member_named, metavar="NAME=FOLDER", default=[],
-         help="LLaDA and Dream: local folders, or names on the Hugging Face Hub")  # fmt: skip
-    real("--task", choices=BENCHMARKS, help="benchmark")
-    real("--data", type=path, metavar="FILE", help="the benchmark's questions, as their owners publish them")
-    real("--limit", type=int, help="only the first questions")
-    real("--single", action="store_true", help="every member alone, instead of the ensemble")
-    real("--run-code", nargs="?", const="confined", choices=("confined", "unconfined"),
-         help="run the code that the models write, in bubblewrap; unconfined: in a container that confines it already")
+    about, _, examples = (__doc__ or "").partition("Examples:\n")
+    parser = train_toy.Parser(
+        prog="eval.py", usage="python eval.py [option ...]", description=about.splitlines()[0], allow_abbrev=False,
+        epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, (settings, text) in options.items():
+            group.add_argument(name, help=text, **settings)
     args = parser.parse_args(argv)
-    check_arguments(args, parser.get_default, parser.error)
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    check_arguments(args, [f"--{name.replace('_', '-')}" for name in given], parser.error)
+    groups = {"all": list(PAPER), "own": list(BEYOND)}
+    args.table = list(dict.fromkeys(name for asked in args.table for name in groups.get(asked, [asked])))
+    args.problems = (1000 if args.table or args.figure else 400) if args.problems is None else args.problems
+    args.members, args.batch_size = dict(args.members), args.batch_size or (8 if args.members else 32)
     return args
 
 
-def add_toy(toy: Callable) -> None:
-    toy("--problems", type=int, help="test problems (default: 400; 1000 for tables and figures)")
-    toy("--problem-seed", type=int, default=0, help="which test problems are drawn (default: %(default)s)")
-    toy("--seed", type=int, default=0, help="training seed of the members (default: %(default)s)")
-    toy("--steps", type=int, default=train_toy.Settings.steps, help="training steps a member (default: %(default)s)")
-    toy("--checkpoints", type=path, default=Path("checkpoints"), help="folder of members (default: %(default)s)")
-    toy("--trace", type=int, metavar="N", help="show N decodings round by round instead of the table")
-    toy("--unsolved", action="store_true", help="with --trace: of those --problems that no member solves alone")
-    toy("--table", nargs="+", choices=[*PAPER, "all", *BEYOND, "own"], default=[], metavar="N",
-        help=f"tables of the paper on the toy, the paper's figures beside ours: {' '.join(PAPER)}, or all of them; "
-             f"and questions beyond the paper: {' '.join(BEYOND)}, or own for all of these")  # fmt: skip
-    toy("--seeds", type=int, default=1, metavar="N",
-        help="with --table: mean and spread over N training seeds from --seed on (default: %(default)s)")  # fmt: skip
-    toy("--figure", type=path, metavar="DIR", help="draw Fig. 1 and Fig. 3 of the paper on the toy as PNG in DIR")
+def check_arguments(args: argparse.Namespace, given: list[str], error: Callable[[str], Any]) -> None:
+    """Of what is given, each by itself and beside the others."""
 
+    def refuse(options: Iterable[str], message: str) -> None:
+        for name in options:
+            if name in given:
+                error(message.format(name))
 
-def check_arguments(args: argparse.Namespace, default: Callable[[str], Any], error: Callable[[str], Any]) -> None:
-    def given(names: str) -> str:
-        """The first of these options that is not as it is by default."""
-        found = (name for name in names.split() if getattr(args, name) != default(name))
-        return next((f"--{name.replace('_', '-')}" for name in found), "")
-
-    for name, most in (("batch_size", None), ("limit", None), ("trace", None), ("seeds", 1000)):
-        if (value := getattr(args, name)) is not None and not 1 <= value <= (most or value):
-            error(f"--{name.replace('_', '-')} must be at least 1{f' and at most {most}' if most else ''}, not {value}")
+    _, *toy, real, _ = OPTIONS.values()
+    for name, value, most in (("batch-size", args.batch_size, ""), ("limit", args.limit, ""), ("trace", args.trace, ""),
+                              ("seeds", args.seeds, " and at most 1000")):  # fmt: skip
+        if value is not None and not 1 <= value <= (1000 if most else value):
+            error(f"--{name} must be at least 1{most}, not {value}")
     if not 0 <= args.problem_seed < 2**32:
         error(f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
     if args.json and args.trace:
         error("--trace prints no JSON: leave out one of --trace and --json")
     if args.figure and (args.json or args.trace or args.seeds > 1):
         error("--figure draws one training seed and prints where: leave out --json, --trace and --seeds")
-    if args.seeds > 1 and not args.table or args.unsolved and not args.trace:
-        error("--seeds is for --table: give it too" if not args.unsolved else "--unsolved is for --trace: give it too")
-    if (args.table or args.figure) and (name := given("trace threshold top_k score selection")):
-        error(f"--table and --figure set their own {name}: leave it out")
-    if args.members and (name := given("trace table figure problems problem_seed seed seeds steps checkpoints")):
-        error(f"{name} is for the toy: leave out --members")
-    if not args.members and (name := given("task data limit single run_code")):
-        error(f"{name} is for real checkpoints: give --members too")
+    if args.unsolved and not args.trace:
+        error("--unsolved is for --trace: give it too")
+    if args.seeds > 1 and not args.table:
+        error("--seeds is for --table: give it too")
+    if args.table or args.figure:
+        own = ("--trace", "--threshold", "--top-k", "--score", "--selection")
+        refuse(own, "--table and --figure set their own {}: leave it out")
+    if args.members:
+        refuse(itertools.chain(*toy), "{} is for the toy: leave out --members")
+    else:
+        refuse(real, "{} is for real checkpoints: give --members too")
     names = [name for name, _ in args.members]
     if len(set(names)) < len(names):
         error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
-    groups = {"all": list(PAPER), "own": list(BEYOND)}
-    args.table = list(dict.fromkeys(name for asked in args.table for name in groups.get(asked, [asked])))
-    args.problems = (1000 if args.table or args.figure else 400) if args.problems is None else args.problems
-    args.members, args.batch_size = dict(args.members), args.batch_size or (8 if args.members else 32)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -135,12 +135,12 @@ def test_estimates_resample_each_group_by_itself():
     error = 1.96 * np.sqrt(a.var() / 300 + b.var() / 200)
     assert result["value"] == pytest.approx(a.mean() - b.mean())
     assert result["ci95"] == pytest.approx([result["value"] - error, result["value"] + error], abs=0.03)
-    assert evaluation.estimate(np.mean, np.array([])) == {"value": None, "ci95": None}
+    assert evaluation.estimate(np.mean, np.array([])) == {"value": None, "ci95": None, "n": 0}
 
 
 def test_the_average_over_seeds_is_mean_spread_and_counts():
     def table(value, low):
-        comparisons = [{"name": "x", "difference": value, "ci95": [low, 9]}]
+        comparisons = {"x": {"difference": value, "ci95": [low, 9]}}
         rows = {"r": {"c": {"value": value, "ci95": None, "forwards": 2 * (value or 0)}}}
         return evaluation.Table("t", rows, {"k": comparisons}, {"p": (5.0,)})
 
@@ -204,10 +204,11 @@ def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fa
         assert comparison["ci95"] == pytest.approx([x - 0.5 for x in c["ci95"]])
 
 
-def test_a_cell_without_problems_has_no_value(fakes):
-    own = evaluation.cell(evaluation.Run([], ["A"]))
-    assert own == {"value": None, "ci95": None, "n": 0, "forwards": None}
-    assert evaluation.Table("t", {"r": evaluation.Run([], ["A"])}, {"c": [evaluation.excess("x", own, 0.5)]}).claims == [
+def test_a_cell_without_problems_has_no_value():
+    none = evaluation.Run([], ["A"])
+    own = evaluation.Table("t", {"r": none}, {"c": {"x": evaluation.excess(0.5, evaluation.accuracy(none.correct))}})
+    assert own.cells == [{"row": "r", "column": "accuracy", "value": None, "ci95": None, "n": 0, "forwards": None}]
+    assert own.claims == [
         {"claim": "c", "verdict": "undecided", "comparisons": [{"name": "x", "difference": None, "ci95": None}]}
     ]
 
@@ -451,7 +452,7 @@ def test_the_picture_shows_what_the_trace_holds(fakes, monkeypatch, tmp_path):
                     assert shown.pop((x, y))[0] == train_toy.VOCABULARY[frame.answer[x - train_toy.REASONING_LENGTH]]
         assert not shown
         edges = [patch.get_edgecolor() for patch in panel.patches]
-        assert edges.count(to_rgba(evaluation.CHANGED)) == sum(sum(frame.changed) for frame in frames) > 0
+        assert edges.count(to_rgba(evaluation.RED)) == sum(sum(frame.changed) for frame in frames) > 0
     relays = [leader for _, _, leader in trace.rounds if leader >= 0]
     assert len(sheet.artists) == len(relays)
     assert [arrow.xy1[0] for arrow in sheet.artists] == [1 - leader for leader in relays]
