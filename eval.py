@@ -260,15 +260,6 @@ class Run(Method):
     def oracle(self) -> Method:
         return self.pick(self.right.any(1), len(self.names))
 
-    @property
-    def most_selected(self) -> Method:
-        """The candidate of the member that led most often; among equals the winner, as in `tie.select`."""
-        right = []
-        for r in self.records:
-            leads = [r["leaders"].count(m) for m in range(len(self.names))]
-            right.append(r["correct"][leads.index(max(leads)) if leads.count(max(leads)) == 1 else r["winner"]])
-        return self.pick(right, len(self.names))
-
     def vote(self, count: int) -> Method:
         """The most frequent of the first answers; of equally frequent ones that of lowest C~."""
         right = []
@@ -562,11 +553,6 @@ T = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # steps at one token a
 TOY_INTERVAL = 2  # n
 METHODS: dict[str, dict] = {"post-generation": {"interval": T}, **{f"tie {s}": {"score": s} for s in tie.SCORES}}
 TCC, *LOGIT = [name for name in METHODS if name != "post-generation"]
-STARTS = {  # Table 2: steps of the other's trajectory; the last is ours
-    "first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T), "all reasoning": train_toy.REASONING_LENGTH
-}  # fmt: skip
-INTERVALS = {2: 8, 4: 16, 8: 32}  # Table 6: n on the toy, T = 32, and in the paper, T = 256
-SPEEDS: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
 SIZES = range(1, 5)  # M
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5, 1 on validation problems
 
@@ -586,13 +572,14 @@ def table_1(toy: Toy) -> Table:
 
 def table_2(toy: Toy) -> Table:
     """Each member on what it failed alone and the other solved, from the start of the other's trajectory."""
+    starts = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T), "all reasoning": train_toy.REASONING_LENGTH}
     alone, rows, half = toy.run(interval=T), {}, {}
     for receiver, sender in itertools.permutations(toy.names, 2):
         failed = alone.of(sender).correct & ~alone.of(receiver).correct  # (problems,)
         problems, row = [*itertools.compress(toy.plain.problems, failed)], f"member {receiver}"
         rows[row] = {
             start: toy.run(receiver, problems=problems, restart=(sender, steps), interval=T)
-            for start, steps in STARTS.items()
+            for start, steps in starts.items()  # the last is ours
         }
         half[f"{row} - half"] = excess(0.5, accuracy(rows[row]["first 50 %"].correct))
     claims = {"Restarted from the first 50 %, a member corrects more than half of what it failed alone": half}
@@ -626,22 +613,26 @@ def table_5(toy: Toy) -> Table:
 
 
 def table_6(toy: Toy) -> Table:
-    after, runs = toy.run(interval=T), {f"n = {n}": toy.run(interval=n) for n in INTERVALS}
-    rows = {f"{name}, paper {n}": run for (name, run), n in zip(runs.items(), INTERVALS.values())}
-    claims = {"TIE is ahead of post-generation at every n": ahead(runs, after)}
+    after, rows, gained = toy.run(interval=T), {}, {}
+    for n, theirs in ((2, 8), (4, 16), (8, 32)):  # n where T = 32, as here, and where T = 256, as in the paper
+        rows[f"n = {n}, paper {theirs}"] = run = toy.run(interval=n)
+        gained[f"n = {n}"] = difference(run, after)
+    claims = {"TIE is ahead of post-generation at every n": gained}
     return Table("ensemble interval n, accuracy %", {**rows, "post-generation": after}, claims)
 
 
 def table_7(toy: Toy) -> Table:
-    after = {speed: toy.run(interval=T, **own) for speed, own in SPEEDS.items()}
-    runs = {speed: toy.run(**own) for speed, own in SPEEDS.items()}
-    rows = {f"member {name}": {speed: run.of(name) for speed, run in after.items()} for name in toy.names}
+    speeds: dict[str, dict] = {"one token a step": {}, "threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
+    rows: dict[str, dict] = {f"member {name}": {} for name in toy.names} | {"post-generation": {}, TCC: {}}
     claims = {}
-    for speed, run in runs.items():
-        rivals = {"the best member": after[speed].best, "post-generation": after[speed]}
-        differences = {f"TIE - {rival}": difference(run, own) for rival, own in rivals.items()}
-        claims[f"TIE is ahead with {speed}"] = differences
-    return Table("accelerated decoding, accuracy % / forwards", rows | {"post-generation": after, TCC: runs}, claims)
+    for speed, settings in speeds.items():
+        run, after = toy.run(**settings), toy.run(interval=T, **settings)
+        for name in toy.names:
+            rows[f"member {name}"][speed] = after.of(name)
+        rows["post-generation"][speed], rows[TCC][speed] = after, run
+        rivals = {"the best member": after.best, "post-generation": after}
+        claims[f"TIE is ahead with {speed}"] = {f"TIE - {name}": difference(run, own) for name, own in rivals.items()}
+    return Table("accelerated decoding, accuracy % / forwards", rows, claims)
 
 
 def table_8(toy: Toy) -> Table:
@@ -662,12 +653,15 @@ def table_9(toy: Toy) -> Table:
 
 
 def table_10(toy: Toy) -> Table:
+    best = toy.names.index(toy.ranked[0])
+    others = {
+        "best model": toy.run(selection="best_model", best_model=best),
+        "most selected": toy.run(selection="most_selected"),
+    }
     run = toy.run()
-    others = {"best model": run.of(toy.ranked[0]), "most selected": run.most_selected}
-    best = {f"lowest C~ - {name}": difference(run, other) for name, other in others.items()}
+    claims = {"The lowest C~ selects best": {f"lowest C~ - {name}": difference(run, own) for name, own in others.items()}}
     title = "final selection, accuracy %; the best model is the best on validation problems"
-    rows, paper = {TCC: {"lowest C~": run, **others}}, {"GSM8K": (83.47, 81.65, 83.17)}
-    return Table(title, rows, {"The lowest C~ selects best": best}, paper)
+    return Table(title, {TCC: {"lowest C~": run, **others}}, claims, {"GSM8K": (83.47, 81.65, 83.17)})
 
 
 def table_members(toy: Toy) -> Table:
@@ -927,7 +921,7 @@ def show_traces(toy: Toy) -> None:
 def draw_trace(toy: Toy, path: Path) -> None:
     """A panel a member, step against position, for the first test problem that no member solves alone and TIE does."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import ConnectionPatch, Patch
+    from matplotlib.patches import Patch
 
     found = toy.relay_solves()
     trace = Trace(toy, (found or toy.plain.problems)[0])
@@ -941,10 +935,10 @@ def draw_trace(toy: Toy, path: Path) -> None:
         if leader >= 0:  # from the leader's panel to the other
             for panel in panels:
                 panel.axhline(step + 0.5, color="black", linewidth=0.7)
-            ends = [((1 - m, step + 0.5), panels[m].get_yaxis_transform()) for m in (leader, 1 - leader)]
-            (start, its), (end, theirs) = ends
-            arrow = ConnectionPatch(start, end, its, theirs, arrowstyle="-|>", mutation_scale=8, facecolor="black")
-            sheet.add_artist(arrow)
+            panels[leader].annotate(
+                "", (leader, step + 0.5), (1 - leader, step + 0.5), panels[1 - leader].get_yaxis_transform(),
+                panels[leader].get_yaxis_transform(), {"arrowstyle": "-|>", "facecolor": "black", "shrinkA": 0, "shrinkB": 0},
+            )  # fmt: skip
     handles = [Patch(color=INK[m][0], label=f"committed by {name}") for m, name in enumerate(trace.names)]
     handles.append(Patch(facecolor="white", edgecolor=RED, label="top-1 of the answer; framed: it changed"))
     sheet.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
@@ -1592,65 +1586,63 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-OPTIONS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {  # by what a person wants to do: argparse's words, help
+OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a person wants to do: help, argparse's words
     "how to decode": {
-        "--interval": ({"type": int, "metavar": "N"},
-            ("steps between two relays; of one step alone token change count has nothing to compare (default: 2 on the "
-             "toy; the paper's for a benchmark)")),
-        "--score": ({"default": tie.SCORES[0], "choices": tie.SCORES, "metavar": "SCORE"},
-            f"of a benchmark run or a trace, the toy's table shows all: {', '.join(tie.SCORES)} (default: %(default)s)"),
-        "--selection": ({"default": tie.SELECTIONS[0], "choices": tie.SELECTIONS, "metavar": "RULE"},
-            (f"final response: {', '.join(tie.SELECTIONS)} (default: %(default)s); best_model takes the first member, "
-             "Table 10 the best")),
-        "--block-size": ({"type": int, "default": 16, "metavar": "N"},
-            "of semi-autoregressive decoding (default: %(default)s)"),
-        "--top-k": ({"type": int, "default": 1, "metavar": "K"}, "tokens committed a step (default: %(default)s)"),
-        "--threshold": ({"type": float, "metavar": "P"},
-            "commit every token above this probability instead, at least one a step"),
+        "--interval": ("n, steps between two relays (default: 2 on the toy; the paper's for a benchmark)", {"type": int}),
+        "--score": (
+            "of a trace or a benchmark; the toy's tables show all (default: %(default)s)",
+            {"default": tie.SCORES[0], "choices": tie.SCORES},
+        ),
+        "--selection": (
+            "final response; best_model takes the first member (default: %(default)s)",
+            {"default": tie.SELECTIONS[0], "choices": tie.SELECTIONS},
+        ),
+        "--block-size": ("of semi-autoregressive decoding (default: %(default)s)", {"type": int, "default": 16}),
+        "--top-k": ("tokens committed a step (default: %(default)s)", {"type": int, "default": 1}),
+        "--threshold": ("instead commit every token above this probability, at least one a step", {"type": float}),
     },
     "what to do on the toy (default: the main table)": {
-        "--table": ({"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME"},
-            (f"tables of the paper, its own figures beside ours: {' '.join(PAPER)}, or all; and questions beyond the "
-             f"paper: {' '.join(BEYOND)}, or own for all of these")),
-        "--seeds": ({"type": int, "default": 1, "metavar": "N"},
-            "with --table: mean and spread over N training seeds from --seed on (default: %(default)s)"),
-        "--figure": ({"type": path, "metavar": "DIR"},
-            "draw Fig. 1 and Fig. 3 of the paper and the trace of one decoding as PNG in DIR"),
-        "--trace": ({"type": int, "metavar": "N"}, "show N decodings round by round"),
-        "--unsolved": ({"action": "store_true"},
-            "with --trace: of those --problems that no member solves alone and TIE does"),
+        "--table": (
+            f"tables of the paper, its own figures beside ours: {' '.join(PAPER)}, or all; and beyond the paper: "
+            + f"{' '.join(BEYOND)}, or own for all of these",
+            {"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME"},
+        ),
+        "--seeds": ("with --table: mean and spread over so many training seeds (default: 1)", {"type": int, "default": 1}),
+        "--figure": ("folder for Fig. 1, Fig. 3 and the trace of one decoding as PNG", {"type": path}),
+        "--trace": ("show so many decodings round by round", {"type": int}),
+        "--unsolved": ("with --trace: of what no member solves alone and TIE does", {"action": "store_true"}),
     },
     "the toy's problems and members": {
-        "--problems": ({"type": int, "metavar": "N"}, "test problems (default: 400; 1000 for tables and figures)"),
-        "--problem-seed": ({"type": int, "default": 0, "metavar": "S"}, "which are drawn (default: %(default)s)"),
-        "--seed": ({"type": int, "default": 0, "metavar": "S"}, "training seed (default: %(default)s)"),
-        "--steps": ({"type": int, "default": train_toy.Settings.steps, "metavar": "N"},
-            "training steps a member (default: %(default)s)"),
-        "--checkpoints": ({"type": path, "default": Path("checkpoints"), "metavar": "DIR"},
-            "where members are kept (default: %(default)s)"),
+        "--problems": ("test problems (default: 400; 1000 for tables and figures)", {"type": int}),
+        "--problem-seed": ("which of them are drawn (default: %(default)s)", {"type": int, "default": 0}),
+        "--seed": ("training seed, the first of --seeds (default: %(default)s)", {"type": int, "default": 0}),
+        "--steps": ("of training (default: %(default)s)", {"type": int, "default": train_toy.Settings.steps}),
+        "--checkpoints": ("folder of members (default: %(default)s)", {"type": path, "default": Path("checkpoints")}),
     },
     "real checkpoints on a benchmark": {
-        "--members": ({"nargs": "+", "type": member_named, "default": [], "metavar": "NAME=FOLDER"},
-            "LLaDA and Dream: local folders, or names on the Hugging Face Hub"),
-        "--task": ({"choices": BENCHMARKS, "metavar": "TASK"}, ", ".join(BENCHMARKS)),
-        "--data": ({"type": path, "metavar": "FILE"}, "the benchmark's questions, as their owners publish them"),
-        "--limit": ({"type": int, "metavar": "N"}, "only the first N questions"),
-        "--single": ({"action": "store_true"}, "every member alone, instead of the ensemble"),
-        "--run-code": ({"nargs": "?", "const": "confined", "choices": ("confined", "unconfined")},
-            "run the code that the models write, in bubblewrap; unconfined: in a container that confines it already"),
+        "--members": (
+            "LLaDA and Dream: local folders, or names on the Hugging Face Hub",
+            {"nargs": "+", "type": member_named, "default": [], "metavar": "NAME=FOLDER"},
+        ),
+        "--task": ("the benchmark", {"choices": BENCHMARKS}),
+        "--data": ("file of its questions, as their owners publish them", {"type": path}),
+        "--limit": ("only so many questions", {"type": int}),
+        "--single": ("every member alone, instead of the ensemble", {"action": "store_true"}),
+        "--run-code": (
+            "run the code that the models write, in bubblewrap; unconfined: in a container that confines it already",
+            {"nargs": "?", "const": "confined", "choices": ("confined", "unconfined")},
+        ),
     },
     "output and hardware": {
-        "--out": ({"type": path, "metavar": "DIR"},
-            "for records and summary; an interrupted run goes on where it stopped"),
-        "--json": ({"action": "store_true"}, "print one JSON object and nothing else on stdout"),
-        "--batch-size": ({"type": int, "metavar": "N"}, "questions decoded together (default: 32 on the toy; 8)"),
-        "--device": ({"nargs": "+"},
-            ("of the toy, training too (default: cpu); of real members, one for all or one each (default: a GPU where "
-             "there is one)")),
-        "--dtype": ({"choices": [name for name in DTYPES if name]},
-            "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)"),
+        "--out": ("folder for records and summary; an interrupted run goes on where it stopped", {"type": path}),
+        "--json": ("print one JSON object and nothing else on stdout", {"action": "store_true"}),
+        "--batch-size": ("questions decoded together (default: 32 on the toy; 8)", {"type": int}),
+        "--device": ("one, or one for each real member (default: cpu for the toy; a GPU if there is one)", {"nargs": "+"}),
+        "--dtype": (
+            "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)", {"choices": [*DTYPES][1:]}
+        ),
     },
-}  # fmt: skip
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1661,11 +1653,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, (settings, text) in options.items():
+        for name, (text, settings) in options.items():
             group.add_argument(name, help=text, **settings)
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    check_arguments(args, [f"--{name.replace('_', '-')}" for name in given], parser.error)
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    check_arguments(args, {f"--{name.replace('_', '-')}" for name in given}, parser.error)
     groups = {"all": list(PAPER), "own": list(BEYOND)}
     args.table = list(dict.fromkeys(name for asked in args.table for name in groups.get(asked, [asked])))
     args.problems = (1000 if args.table or args.figure else 400) if args.problems is None else args.problems
@@ -1673,39 +1665,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_arguments(args: argparse.Namespace, given: list[str], error: Callable[[str], Any]) -> None:
-    """Of what is given, each by itself and beside the others."""
-
-    def refuse(options: Iterable[str], message: str) -> None:
-        for name in options:
-            if name in given:
-                error(message.format(name))
-
+def check_arguments(args: argparse.Namespace, given: set[str], error: Callable[[str], Any]) -> None:
+    """Of the options that are given, each by itself and beside the others."""
     _, *toy, real, _ = OPTIONS.values()
-    for name, value, most in (("batch-size", args.batch_size, ""), ("limit", args.limit, ""), ("trace", args.trace, ""),
-                              ("seeds", args.seeds, " and at most 1000")):  # fmt: skip
-        if value is not None and not 1 <= value <= (1000 if most else value):
-            error(f"--{name} must be at least 1{most}, not {value}")
-    if not 0 <= args.problem_seed < 2**32:
-        error(f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
-    if args.json and args.trace:
-        error("--trace prints no JSON: leave out one of --trace and --json")
-    if args.figure and (args.json or args.trace or args.seeds > 1):
-        error("--figure draws one training seed and prints where: leave out --json, --trace and --seeds")
-    if args.unsolved and not args.trace:
-        error("--unsolved is for --trace: give it too")
-    if args.seeds > 1 and not args.table:
-        error("--seeds is for --table: give it too")
-    if args.table or args.figure:
-        own = ("--trace", "--threshold", "--top-k", "--score", "--selection")
-        refuse(own, "--table and --figure set their own {}: leave it out")
-    if args.members:
-        refuse(itertools.chain(*toy), "{} is for the toy: leave out --members")
-    else:
-        refuse(real, "{} is for real checkpoints: give --members too")
+
+    def refuse(wrong: Any, message: str) -> None:
+        if wrong:
+            error(message)
+
+    for name, most in {"batch_size": math.inf, "limit": math.inf, "trace": math.inf, "seeds": 1000}.items():
+        value, limit = getattr(args, name), f" and at most {most}" if most < math.inf else ""
+        wrong = value is not None and not 1 <= value <= most
+        refuse(wrong, f"--{name.replace('_', '-')} must be at least 1{limit}, not {value}")
+    refuse(not 0 <= args.problem_seed < 2**32, f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
+    refuse(args.json and args.trace, "--trace prints no JSON: leave out one of --trace and --json")
+    several = args.json or args.trace or args.seeds > 1
+    refuse(args.figure and several, "--figure draws one training seed: leave out --json, --trace and --seeds")
+    refuse(args.unsolved and not args.trace, "--unsolved is for --trace: give it too")
+    refuse(args.seeds > 1 and not args.table, "--seeds is for --table: give it too")
+    for name in given & {"--trace", "--threshold", "--top-k", "--score", "--selection"}:
+        refuse(args.table or args.figure, f"--table and --figure set their own {name}: leave it out")
+    for name in given & {name for options in toy for name in options}:
+        refuse(args.members, f"{name} is for the toy: leave out --members")
+    for name in given & real.keys():
+        refuse(not args.members, f"{name} is for real checkpoints: give --members too")
     names = [name for name, _ in args.members]
-    if len(set(names)) < len(names):
-        error(f"--members names {max(names, key=names.count)} twice: give each a name of its own")
+    twice = {name for name in names if names.count(name) > 1}
+    refuse(twice, f"--members names {', '.join(twice)} twice: give each a name of its own")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -147,11 +147,6 @@ def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_
     assert voted.forwards == pytest.approx(64 * count / len(samples))
 
 
-def test_most_selected_among_equals_is_the_winner():
-    for leaders, right in (([0, 1], False), ([], False), ([0, 0, 1], True), ([1, 0, 1], False)):
-        assert evaluation.Run([record(leaders, winner=1)], "AB").most_selected.correct.tolist() == [right]
-
-
 @pytest.mark.parametrize("program, options", [(evaluation, 28), (train_toy, 13)])
 def test_help_fits_two_screens_and_has_a_line_for_every_option(program, options, monkeypatch, capsys):
     parsers, original = [], train_toy.Parser.parse_args

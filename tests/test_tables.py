@@ -338,7 +338,7 @@ def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
     assert {number: whole[number] for number in first} == first
     assert max(Counter(fakes).values()) == 1
     runs = {(own.config, own.names, own.restart) for own in fakes}
-    assert len(runs) == 16 + 6 == len(list(tmp_path.glob("*.jsonl")))
+    assert len(runs) == 18 + 6 == len(list(tmp_path.glob("*.jsonl")))
     before = len(fakes)
     assert tables(capsys, "--table", "all", "--out", tmp_path)["tables"] == whole
     assert len(fakes) == before
@@ -442,20 +442,20 @@ def test_the_picture_shows_what_the_trace_holds(fakes, monkeypatch, tmp_path):
     evaluation.draw_trace(toy, tmp_path)
     [trace], [sheet] = traces, sheets
     assert "that no member solves alone and TIE does" in sheet.get_suptitle() and trace.problem == toy.plain.problems[2]
-    for panel, frames in zip(sheet.axes, trace.frames, strict=True):
-        shown = {text.get_position(): (text.get_text(), text.get_color()) for text in panel.texts}
+    relays = [leader for _, _, leader in trace.rounds if leader >= 0]
+    for m, (panel, frames) in enumerate(zip(sheet.axes, trace.frames, strict=True)):
+        shown = {text.get_position(): (text.get_text(), text.get_color()) for text in panel.texts if text.get_text()}
         for y, frame in enumerate(frames, 1):
-            for x, (token, m) in enumerate(zip(frame.tokens, frame.authors)):
-                if m >= 0:
-                    assert shown.pop((x, y)) == (train_toy.VOCABULARY[token], evaluation.INK[m][1])
+            for x, (token, author) in enumerate(zip(frame.tokens, frame.authors)):
+                if author >= 0:
+                    assert shown.pop((x, y)) == (train_toy.VOCABULARY[token], evaluation.INK[author][1])
                 elif x >= train_toy.REASONING_LENGTH:
                     assert shown.pop((x, y))[0] == train_toy.VOCABULARY[frame.answer[x - train_toy.REASONING_LENGTH]]
-        assert not shown
         edges = [patch.get_edgecolor() for patch in panel.patches]
-        assert edges.count(to_rgba(evaluation.RED)) == sum(sum(frame.changed) for frame in frames) > 0
-    relays = [leader for _, _, leader in trace.rounds if leader >= 0]
-    assert len(sheet.artists) == len(relays)
-    assert [arrow.xy1[0] for arrow in sheet.artists] == [1 - leader for leader in relays]
+        assert not shown and edges.count(to_rgba(evaluation.RED)) == sum(sum(f.changed) for f in frames) > 0
+        arrows = [text for text in panel.texts if not text.get_text()]  # from the leader's panel to the other
+        assert len(arrows) == relays.count(m) > 0
+        assert all((arrow.get_position()[0], arrow.xy[0]) == (1 - m, m) for arrow in arrows)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------
