@@ -41,7 +41,7 @@ import tempfile
 import textwrap
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -248,13 +248,9 @@ class Run(Method):
         return self.pick(self.right[:, self.names.index(member)], 1)
 
     @property
-    def best_member(self) -> str:
-        """The one that is best on these very problems: the hardest rival."""
+    def best(self) -> str:
+        """The member that is best on these very problems: the hardest rival."""
         return self.names[self.right.sum(0).argmax()]
-
-    @property
-    def best(self) -> Method:
-        return self.of(self.best_member)
 
     @property
     def oracle(self) -> Method:
@@ -309,10 +305,6 @@ def excess(over: float, estimate: dict) -> dict:
     """The difference of an estimate from a constant."""
     value, ci = estimate["value"], estimate["ci95"]
     return {"difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
-
-
-def ahead(runs: Mapping[str, Method], rival: Method) -> dict[str, dict]:
-    return {name: difference(run, rival) for name, run in runs.items()}
 
 
 def verdict(comparisons: Iterable[dict]) -> str:
@@ -591,7 +583,7 @@ def table_2(toy: Toy) -> Table:
 def table_3(toy: Toy) -> Table:
     runs = {name: toy.run(**config) for name, config in METHODS.items()}
     after, claims = runs["post-generation"], {}
-    for rival, own in {"the best member": after.best, "post-generation": after}.items():
+    for rival, own in {"the best member": after.of(after.best), "post-generation": after}.items():
         differences = {f"{name} - {rival}": difference(runs[name], own) for name in (TCC, *LOGIT)}
         claims[f"TIE is ahead of {rival} with every score"] = differences
     paper = {name: (x,) for name, x in zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), BENCHMARKS["gsm8k"].table_3)}
@@ -630,7 +622,7 @@ def table_7(toy: Toy) -> Table:
         for name in toy.names:
             rows[f"member {name}"][speed] = after.of(name)
         rows["post-generation"][speed], rows[TCC][speed] = after, run
-        rivals = {"the best member": after.best, "post-generation": after}
+        rivals = {"the best member": after.of(after.best), "post-generation": after}
         claims[f"TIE is ahead with {speed}"] = {f"TIE - {name}": difference(run, own) for name, own in rivals.items()}
     return Table("accelerated decoding, accuracy % / forwards", rows, claims)
 
@@ -669,7 +661,8 @@ def table_members(toy: Toy) -> Table:
     rows, further, gained = {}, {}, {}
     for m in SIZES:
         after, run = toy.run(train_toy.NAMES[:m], interval=T), toy.run(train_toy.NAMES[:m])
-        rows[f"M = {m}"] = {"best member": after.best, "oracle": after.oracle, "post-generation": after, "TIE": run}
+        best = after.of(after.best)
+        rows[f"M = {m}"] = {"best member": best, "oracle": after.oracle, "post-generation": after, "TIE": run}
         if m > 1:
             further[f"M = {m} - M = {m - 1}"] = difference(run, rows[f"M = {m - 1}"]["TIE"])
             gained[f"M = {m}"] = difference(run, after)
@@ -694,10 +687,11 @@ def table_cost(toy: Toy) -> Table:
     votes = {f"M = {m}": difference(run, samples.vote(m)) for m, run in runs.items()}
     claims = {
         "TIE is ahead of as many samples of its best member": votes,
-        "TIE of two is ahead of the best member trained twice as long": ahead({"TIE - best member": runs[2]}, longer),
-        "TIE of two is ahead of one member with the training and the forwards of both":
-            ahead({"TIE - one member": runs[2]}, union),
-    }  # fmt: skip
+        "TIE of two is ahead of the best member trained twice as long": {"TIE - best member": difference(runs[2], longer)},
+        "TIE of two is ahead of one member with the training and the forwards of both": {
+            "TIE - one member": difference(runs[2], union)
+        },
+    }
     title = "equal cost, TIE against votes over samples of one member, accuracy % / forwards"
     return Table(title, {**rows, **{f"TIE of {m} members": run for m, run in runs.items()}}, claims)
 
@@ -709,7 +703,7 @@ def table_unequal(toy: Toy) -> Table:
     runs = {name: toy.run([best, weak], **config) for name, config in METHODS.items()}
     better = runs["post-generation"].of(best)
     rows = {"the better member": better, "the weaker one": runs["post-generation"].of(weak)} | runs
-    claims = {"TIE is ahead of the better member": ahead({name: runs[name] for name in (TCC, *LOGIT)}, better)}
+    claims = {"TIE is ahead of the better member": {name: difference(runs[name], better) for name in (TCC, *LOGIT)}}
     return Table("a member far weaker than the other, accuracy %", rows, claims)
 
 
@@ -737,14 +731,14 @@ def main_table(runs: dict[str, Run]) -> dict:
     if not after:
         return {"rows": rows, "comparisons": []}
     for name, run in runs.items():
-        for rival, theirs in {"best member": after.best, "post-generation": after}.items():
+        for rival, theirs in {"best member": after.of(after.best), "post-generation": after}.items():
             if run is not theirs:
                 comparisons.append({"name": f"{name} - {rival}", **difference(run, theirs)})
     tcc = []
     for name in after.names:
         means = {label: float(own.mean()) if len(own) else None for label, own in after.tcc(name).items()}
         tcc.append({"member": name, **means})
-    return {"rows": rows, "comparisons": comparisons, "best_member": f"member {after.best_member}", "tcc": tcc}
+    return {"rows": rows, "comparisons": comparisons, "best_member": f"member {after.best}", "tcc": tcc}
 
 
 def show_main(table: dict) -> None:
