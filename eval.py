@@ -279,8 +279,8 @@ def accuracy(correct: Sequence[bool] | np.ndarray) -> dict:
         return {"value": None, "ci95": None, "n": 0}
     p, z = right.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return {"value": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))], "n": n}  # rounding may step outside
+    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))  # rounding may step outside [0, 1]
+    return {"value": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))], "n": n}
 
 
 def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
@@ -321,11 +321,9 @@ def verdict(comparisons: Iterable[dict]) -> str:
 class Table:
     """As `--json` has it: shares are fractions, the paper's figures as it prints them."""
 
-    claims: list[dict[str, Any]]
-
     def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, dict[str, dict]], paper: dict | None = None):
         """Rows: a method or an estimate a column, or a method alone. Claims: the differences that decide, by name."""
-        self.title, self.cells = title, list[dict[str, Any]]()
+        self.title, self.cells, self.claims = title, list[dict[str, Any]](), list[dict[str, Any]]()
         for row, own in rows.items():
             for column, entry in (own if isinstance(own, dict) else {"accuracy": own}).items():
                 if isinstance(entry, Method):
@@ -337,10 +335,9 @@ class Table:
             for row, values in (paper or {}).items()
             for column, value in zip(columns, values)
         ]
-        self.claims = [
-            {"claim": claim, "verdict": verdict(own.values()), "comparisons": [{"name": name, **own[name]} for name in own]}
-            for claim, own in claims.items()
-        ]
+        for claim, own in claims.items():
+            comparisons = [{"name": name, **own[name]} for name in own]
+            self.claims.append({"claim": claim, "verdict": verdict(comparisons), "comparisons": comparisons})
 
 
 def average(tables: list[Table]) -> Table:
@@ -383,7 +380,8 @@ def figure(entry: dict[str, Any], key: str, unit: str = "%") -> str:
 def show_grid(corner: str, rows: dict[str, dict[str, str]]) -> None:
     """Rows of texts by column."""
     columns = [*dict.fromkeys(column for texts in rows.values() for column in texts)]
-    lines = [[corner, *columns], *([row, *(texts.get(column, "") for column in columns)] for row, texts in rows.items())]
+    lines = [[corner, *columns]]
+    lines += [[row, *(texts.get(column, "") for column in columns)] for row, texts in rows.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -504,9 +502,9 @@ class Toy:
         restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any,
     ) -> Job:  # fmt: skip
         """By default of the first two members, all problems, and the command's own settings."""
-        asked = self.plain.problems if problems is None else tuple(problems)
-        settings, names = replace(self.plain.config, **config), tuple(members or self.names)
-        return replace(self.plain, names=names, config=settings, problems=asked, restart=restart, temperature=temperature)
+        names, settings = tuple(members or self.names), replace(self.plain.config, **config)
+        job = replace(self.plain, names=names, config=settings, restart=restart, temperature=temperature)
+        return job if problems is None else replace(job, problems=tuple(problems))
 
     def run(self, *members: Sequence[str], **changes: Any) -> Run:
         """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
@@ -645,15 +643,12 @@ def table_9(toy: Toy) -> Table:
 
 
 def table_10(toy: Toy) -> Table:
-    best = toy.names.index(toy.ranked[0])
-    others = {
-        "best model": toy.run(selection="best_model", best_model=best),
-        "most selected": toy.run(selection="most_selected"),
-    }
-    run = toy.run()
-    claims = {"The lowest C~ selects best": {f"lowest C~ - {name}": difference(run, own) for name, own in others.items()}}
+    run, most = toy.run(), toy.run(selection="most_selected")
+    best = toy.run(selection="best_model", best_model=toy.names.index(toy.ranked[0]))
+    ahead = {"lowest C~ - best model": difference(run, best), "lowest C~ - most selected": difference(run, most)}
+    rows = {TCC: {"lowest C~": run, "best model": best, "most selected": most}}
     title = "final selection, accuracy %; the best model is the best on validation problems"
-    return Table(title, {TCC: {"lowest C~": run, **others}}, claims, {"GSM8K": (83.47, 81.65, 83.17)})
+    return Table(title, rows, {"The lowest C~ selects best": ahead}, {"GSM8K": (83.47, 81.65, 83.17)})
 
 
 def table_members(toy: Toy) -> Table:
@@ -685,12 +680,11 @@ def table_cost(toy: Toy) -> Table:
     rows |= {f"best member, vote of {m} samples": samples.vote(m) for m in SIZES[1:]}
     runs = {m: toy.run(train_toy.NAMES[:m]) for m in SIZES[1:]}
     votes = {f"M = {m}": difference(run, samples.vote(m)) for m, run in runs.items()}
+    two, one = "TIE of two is ahead of", {"TIE - one member": difference(runs[2], union)}
     claims = {
         "TIE is ahead of as many samples of its best member": votes,
-        "TIE of two is ahead of the best member trained twice as long": {"TIE - best member": difference(runs[2], longer)},
-        "TIE of two is ahead of one member with the training and the forwards of both": {
-            "TIE - one member": difference(runs[2], union)
-        },
+        f"{two} the best member trained twice as long": {"TIE - best member": difference(runs[2], longer)},
+        f"{two} one member with the training and the forwards of both": one,
     }
     title = "equal cost, TIE against votes over samples of one member, accuracy % / forwards"
     return Table(title, {**rows, **{f"TIE of {m} members": run for m, run in runs.items()}}, claims)
@@ -747,7 +741,8 @@ def show_main(table: dict) -> None:
     grid, notes = {}, []
     for row in table["rows"]:
         name = " ".join(filter(None, (row["method"], row["score"])))
-        grid[name] = {"accuracy": percent(row["accuracy"]), "95 % interval": f"[{', '.join(map(percent, row['ci95']))}]"}
+        low, high = map(percent, row["ci95"])
+        grid[name] = {"accuracy": percent(row["accuracy"]), "95 % interval": f"[{low}, {high}]"}
         grid[name] |= {f"- {rival}": said.get(f"{name} - {rival}", "") for rival in ("best member", "post-generation")}
         grid[name] |= {"changes": percent(row["change_rate"]), "forwards": f"{row['forwards']:.1f}"}
         if row.get("paper"):
@@ -765,7 +760,7 @@ def show_main(table: dict) -> None:
 
 # --- figures, and the trace of one decoding -----------------------------------------------------------
 
-BLUE, ORANGE, RED, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"  # of Okabe and Ito: the colour-blind tell them apart
+BLUE, ORANGE, RED, GREEN = "#0072B2", "#E69F00", "#D55E00", "#009E73"  # of Okabe and Ito, for the colour-blind
 
 
 def draw_figure_1(toy: Toy, path: Path) -> None:
@@ -780,12 +775,13 @@ def draw_figure_1(toy: Toy, path: Path) -> None:
         scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
         curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
         steps = np.arange(1, curves.shape[1] + 1)
-        for label, chosen, colour, line in (("correct", run.correct, BLUE, "-"), ("incorrect", ~run.correct, RED, "--")):
-            own = curves[chosen]
+        for label, colour, line in (("correct", BLUE, "-"), ("incorrect", RED, "--")):
+            own = curves[run.correct == (label == "correct")]
             mean, half = own.mean(0), 1.96 * own.std(0) / np.sqrt(np.maximum(own.count(0), 1))
             panels[i][m].plot(steps, mean, line, color=colour, label=label)
             panels[i][m].fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
-        panels[0][m].set_title(f"{name} alone: {run.correct.sum()} correct, {(~run.correct).sum()} incorrect", fontsize=10)
+        right = run.correct.sum()
+        panels[0][m].set_title(f"{name} alone: {right} correct, {len(curves) - right} incorrect", fontsize=10)
         panels[-1][m].set_xlabel("decoding step")
         panels[i][0].set_ylabel(labels[i])
     sheet.suptitle("Confidence over the masked answer positions; mean and 95 % band", fontsize=11)
@@ -799,7 +795,8 @@ def draw_figure_3(toy: Toy, path: Path) -> None:
 
     sheet, n = Figure(figsize=(7.2, 4.4), layout="constrained"), toy.plain.config.interval
     panel = sheet.subplots()
-    for k, (name, colour, style) in enumerate(zip((TCC, *LOGIT), (BLUE, ORANGE, GREEN, RED), ("o-", "s--", "^-.", "D:"))):
+    looks = (BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "D:")
+    for k, (name, (colour, style)) in enumerate(zip((TCC, *LOGIT), looks)):
         leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records]
         places = range(1, max(map(len, leaders)))
         rates = [accuracy([own[i] != own[i - 1] for own in leaders if len(own) > i]) for i in places]
@@ -832,7 +829,8 @@ class Trace:
         setup, self.config = toy.plain.setup(), toy.plain.config
         canvases = setup.canvases([Question("", problem.prompt, "")])
         self.problem, self.names = problem, toy.names
-        self.alone = [tie.decode(*own, self.config).tokens[0].tolist() for own in zip(setup.members, canvases)]  # (M, L)
+        alone = [tie.decode(*own, self.config) for own in zip(setup.members, canvases)]
+        self.alone = [canvas.tokens[0].tolist() for canvas in alone]  # (M, L)
         self.frames: list[list[Frame]] = [[] for _ in canvases]  # by member and step
         self.rounds: list[tuple[int, list[float], int]] = []  # last step, scores (M), leader: -1 where none is relayed
         self.states: list[tuple] = [(canvas, torch.full_like(canvas.tokens, -1), None) for canvas in canvases]
@@ -925,14 +923,14 @@ def draw_trace(toy: Toy, path: Path) -> None:
         panel.set_title(f"member {name}", fontsize=9)
         draw_frames(panel, frames)
     panels[0].set_ylabel("decoding step", fontsize=8)
+    arrow = {"arrowstyle": "-|>", "facecolor": "black", "shrinkA": 0, "shrinkB": 0}
     for step, _, leader in trace.rounds:
         if leader >= 0:  # from the leader's panel to the other
             for panel in panels:
                 panel.axhline(step + 0.5, color="black", linewidth=0.7)
-            panels[leader].annotate(
-                "", (leader, step + 0.5), (1 - leader, step + 0.5), panels[1 - leader].get_yaxis_transform(),
-                panels[leader].get_yaxis_transform(), {"arrowstyle": "-|>", "facecolor": "black", "shrinkA": 0, "shrinkB": 0},
-            )  # fmt: skip
+            start, end = (1 - leader, step + 0.5), (leader, step + 0.5)
+            here, there = (panels[m].get_yaxis_transform() for m in (leader, 1 - leader))
+            panels[leader].annotate("", end, start, there, here, {**arrow})
     handles = [Patch(color=INK[m][0], label=f"committed by {name}") for m, name in enumerate(trace.names)]
     handles.append(Patch(facecolor="white", edgecolor=RED, label="top-1 of the answer; framed: it changed"))
     sheet.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
@@ -945,7 +943,7 @@ def draw_trace(toy: Toy, path: Path) -> None:
 
 
 def draw_frames(panel: Any, frames: list[Frame]) -> None:
-    """Each step's tokens in their authors' colours, and the top-1 of masked answer positions, framed where it changed."""
+    """Each step's tokens in their authors' colours; top-1 at masked answer positions, framed where it changed."""
     from matplotlib.patches import Rectangle
 
     numbers = train_toy.REASONING_LENGTH  # (T,) from here on the answer
@@ -1498,9 +1496,9 @@ def grade(task: str, question: Question, text: str, run_code: bool | str | None 
 
 def config_of(args: argparse.Namespace, interval: int, answer_window: int | None = None) -> tie.Config:
     """The algorithm's settings: as given, else the defaults of the task."""
-    names = ("score", "top_k", "block_size", "threshold", "selection")
-    given = {name: getattr(args, name) for name in names}
-    return tie.Config(interval=interval if args.interval is None else args.interval, answer_window=answer_window, **given)
+    interval = interval if args.interval is None else args.interval
+    given = {name: getattr(args, name) for name in ("score", "top_k", "block_size", "threshold", "selection")}
+    return tie.Config(interval=interval, answer_window=answer_window, **given)
 
 
 def run_toy(args: argparse.Namespace) -> None:
@@ -1582,7 +1580,7 @@ def path(text: str) -> Path:
 
 OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a person wants to do: help, argparse's words
     "how to decode": {
-        "--interval": ("n, steps between two relays (default: 2 on the toy; the paper's for a benchmark)", {"type": int}),
+        "--interval": ("n, steps between relays (default: 2 on the toy; the paper's for a benchmark)", {"type": int}),
         "--score": (
             "of a trace or a benchmark; the toy's tables show all (default: %(default)s)",
             {"default": tie.SCORES[0], "choices": tie.SCORES},
@@ -1601,7 +1599,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a perso
             + f"{' '.join(BEYOND)}, or own for all of these",
             {"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME"},
         ),
-        "--seeds": ("with --table: mean and spread over so many training seeds (default: 1)", {"type": int, "default": 1}),
+        "--seeds": ("with --table: mean and spread over training seeds (default: 1)", {"type": int, "default": 1}),
         "--figure": ("folder for Fig. 1, Fig. 3 and the trace of one decoding as PNG", {"type": path}),
         "--trace": ("show so many decodings round by round", {"type": int}),
         "--unsolved": ("with --trace: of what no member solves alone and TIE does", {"action": "store_true"}),
@@ -1631,7 +1629,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a perso
         "--out": ("folder for records and summary; an interrupted run goes on where it stopped", {"type": path}),
         "--json": ("print one JSON object and nothing else on stdout", {"action": "store_true"}),
         "--batch-size": ("questions decoded together (default: 32 on the toy; 8)", {"type": int}),
-        "--device": ("one, or one for each real member (default: cpu for the toy; a GPU if there is one)", {"nargs": "+"}),
+        "--device": ("one, or one a real member (default: cpu for the toy; a GPU if there is one)", {"nargs": "+"}),
         "--dtype": (
             "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)", {"choices": [*DTYPES][1:]}
         ),

@@ -6,7 +6,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from itertools import compress, pairwise
 from pathlib import Path
@@ -91,9 +91,8 @@ def cell(table, row, column="accuracy"):
 
 
 def job(**fields):
-    plain = evaluation.Job(
-        Path(), ("A", "B"), tie.Config(interval=4, block_size=8), tuple(train_toy.problems("test", PROBLEMS)), "cpu", None
-    )
+    problems = tuple(train_toy.problems("test", PROBLEMS))
+    plain = evaluation.Job(Path(), ("A", "B"), tie.Config(interval=4, block_size=8), problems, "cpu", None)
     return replace(plain, **fields)
 
 
@@ -161,8 +160,8 @@ def alone(name, prompt, steps):
     canvas, member = train_toy.canvas([prompt]), fake_member(job(), name)
     tokens, masked = canvas.tokens[0].clone(), canvas.masked[0].clone()
     for _ in range(steps):
-        logits = member.denoise(tokens.masked_fill(masked, train_toy.MASK)[None], torch.arange(len(tokens))[None], None)[0]
-        probability = logits.softmax(-1)  # (L, V)
+        state, positions = tokens.masked_fill(masked, train_toy.MASK)[None], torch.arange(len(tokens))[None]
+        probability = member.denoise(state, positions, None)[0].softmax(-1)  # (L, V)
         probability[:, train_toy.MASK] = -1
         first = int(masked.nonzero()[0])
         region = canvas.reasoning if first < canvas.reasoning.stop else canvas.answer
@@ -247,47 +246,46 @@ def test_sampling_copies_of_a_member_differ(tmp_path):
 
 def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
     result = tables(capsys, "--table", "all")
-    found = result["tables"]
+    found, T, TCC = result["tables"], evaluation.T, evaluation.TCC
     assert list(found) == ["1", "2", "3", "5", "6", "7", "8", "9", "10"]
-    T, TCC = evaluation.T, evaluation.TCC
-    alone = oracle(interval=T)[1]
+    after, alone = oracle(interval=T)
     none = ~alone.any(1)
+    cells = [("6", f"n = {n}, paper {4 * n}", "accuracy", {"interval": n}) for n in (2, 4, 8)]
+    cells += [("8", TCC, column, {"normalize": column == "with"}) for column in ("without", "with")]
+    cells += [("9", f"tie {score}", column, {"score": score, "cross_model": column == "cross-model"})
+              for score in tie.SCORES[1:] for column in ("source-only", "cross-model")]  # fmt: skip
+    cells += [("10", TCC, "lowest C~", {}), ("10", TCC, "most selected", {"selection": "most_selected"}),
+              ("10", TCC, "best model", {"selection": "best_model", "best_model": 1})]  # fmt: skip
     for score in tie.SCORES:
+        cells.append(("3", f"tie {score}", "accuracy", {"score": score}))
         own, right = oracle(score=score)
-        correct = right[np.arange(PROBLEMS), own.winner.numpy()]
-        assert cell(found["3"], f"tie {score}")["value"] == correct.mean()
         pairs = [(a != b) for row in own.leaders.T.tolist() for a, b in pairwise(row)]
         rate = cell(found["5"], f"tie {score}", "change rate")
-        assert (rate["value"], rate["n"]) == (pytest.approx(np.mean(pairs)), len(pairs)) and rate["ci95"][0] < rate["value"]
+        assert rate["value"] == pytest.approx(np.mean(pairs)) and rate["n"] == len(pairs)
+        assert rate["ci95"][0] < rate["value"] < rate["ci95"][1]
         [row] = [row for row in result["rows"] if row["score"] == score]
         assert row["change_rate"] == pytest.approx(np.mean(pairs)) and row["forwards"] == pytest.approx(own.forwards)
-        assert row["none_alone"] == {"value": correct[none].mean() if none.any() else None, "n": none.sum()}
-    for n in (2, 4, 8):
-        assert cell(found["6"], f"n = {n}, paper {4 * n}")["value"] == winners(interval=n)
-    for column, normalize in (("without", False), ("with", True)):
-        assert cell(found["8"], TCC, column)["value"] == winners(normalize=normalize)
-    for score in tie.SCORES[1:]:
-        for column, cross in (("source-only", False), ("cross-model", True)):
-            assert cell(found["9"], f"tie {score}", column)["value"] == winners(score=score, cross_model=cross)
+        assert row["none_alone"] == {"value": right[np.arange(PROBLEMS), own.winner][none].mean(), "n": none.sum()}
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
+        cells.append(("7", TCC, speed, config))
         own, right = oracle(interval=T, **config)
-        assert cell(found["7"], "member B", speed)["value"] == right[:, 1].mean()
-        assert cell(found["7"], "member B", speed)["forwards"] == pytest.approx(own.forwards / 2)
-        assert cell(found["7"], TCC, speed)["value"] == winners(**config)
-        assert cell(found["7"], "post-generation", speed)["forwards"] == pytest.approx(own.forwards)
-    chosen = {"lowest C~": {}, "most selected": {"selection": "most_selected"},
-              "best model": {"selection": "best_model", "best_model": 1}}  # fmt: skip
-    for column, config in chosen.items():
-        assert cell(found["10"], TCC, column)["value"] == winners(**config)
+        member, both = cell(found["7"], "member B", speed), cell(found["7"], "post-generation", speed)
+        assert member["value"] == right[:, 1].mean() and member["forwards"] == pytest.approx(own.forwards / 2)
+        assert both["forwards"] == pytest.approx(own.forwards)
+    for table, row, column, config in cells:
+        assert cell(found[table], row, column)["value"] == winners(**config), (table, row, column)
     counts = oracle(interval=T, normalize=False)[0].tcc.numpy()
     for m, name in enumerate("AB"):
         means = [counts[m][alone[:, m] == right].mean() for right in (True, False)]
         assert [c["value"] for c in found["1"]["cells"][2 * m : 2 * m + 2]] == pytest.approx(means)
         assert found["1"]["claims"][0]["comparisons"][m]["difference"] == pytest.approx(means[1] - means[0])
+        means = [after.tcc[m][torch.tensor(alone[:, m] == right)].mean() for right in (True, False)]
+        assert list(result["tcc"][m].values()) == [name, *(pytest.approx(float(mean)) for mean in means)]
     assert {"name": f"tie {tie.SCORES[0]} - best member", "difference": pytest.approx(
         winners() - alone.mean(0).max())}.items() <= result["comparisons"][1].items()  # fmt: skip
     values = {c["value"] for number in ("6", "7", "8", "9", "10") for c in found[number]["cells"]}
     assert len(values) > 2 and none.any()  # the fakes tell methods apart
+    assert {own.config.selection for own in fakes} == {*tie.SELECTIONS}
     assert max(Counter(fakes).values()) == 1  # equal settings are one run
 
 
@@ -297,21 +295,17 @@ def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
     for m in range(1, 5):
         names = tuple("ABCD"[:m])
         result, right = oracle(names, interval=T)
-        for column, value in (("best member", right.mean(0).max()), ("oracle", right.any(1).mean()),
-                              ("post-generation", winners(names=names, interval=T)), ("TIE", winners(names=names))):
-            assert cell(found["members"], f"M = {m}", column)["value"] == value
-        for column, share in (("best member", 1 / m), ("oracle", 1), ("TIE", 1)):
-            assert cell(found["members"], f"M = {m}", column)["forwards"] == pytest.approx(result.forwards * share)
-    cost = found["cost"]
-    assert cell(cost, "best member, greedy")["value"] == winners(names=("B",), interval=T)
-    assert cell(cost, "best member, trained twice as long")["value"] == winners(names=("B-long",))
-    assert cell(cost, "best member, trained twice as long")["forwards"] == T
-    for row, m in [(f"best member, vote of {m} samples", m) for m in (2, 3, 4)] + [
-        ("one member, training and forwards of both", 2)
-    ]:
-        assert cell(cost, row)["forwards"] == pytest.approx(T * m)
-    sampled = {own.names for own in fakes if own.temperature}
-    assert sampled == {("B",) * 4, ("union",) * 2}
+        for column, value, share in (("best member", right.mean(0).max(), 1 / m), ("oracle", right.any(1).mean(), 1),
+                                     ("post-generation", winners(names=names, interval=T), 1),
+                                     ("TIE", winners(names=names), 1)):  # fmt: skip
+            own = cell(found["members"], f"M = {m}", column)
+            assert own["value"] == value and own["forwards"] == pytest.approx(result.forwards * share)
+    greedy, longer, union, *votes = found["cost"]["cells"][:6]
+    assert greedy["value"] == winners(names=("B",), interval=T)
+    assert longer["value"] == winners(names=("B-long",))
+    forwards = [own["forwards"] / T for own in (greedy, longer, union, *votes)]
+    assert forwards == pytest.approx([1, 1, 2, 2, 3, 4])
+    assert {own.names for own in fakes if own.temperature} == {("B",) * 4, ("union",) * 2}
     pair = ("B", "A-weak")
     for place, row in enumerate(("the better member", "the weaker one")):
         assert cell(found["unequal"], row)["value"] == winners(names=pair[place : place + 1])
@@ -321,7 +315,7 @@ def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
 
 def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them(fakes, capsys, monkeypatch):
     trained, original = {}, train_toy.train_members
-    monkeypatch.setattr(train_toy, "train_members", lambda plan, *rest: [trained.update(plan), original(plan, *rest)][1])
+    monkeypatch.setattr(train_toy, "train_members", lambda plan, *rest: trained.update(plan) or original(plan, *rest))
     assert run("--table", 1) == 0 and [*trained] == ["A", "B"]
     assert run("--table", "own") == 0
     settings = train_toy.Settings()
@@ -345,23 +339,24 @@ def test_each_run_is_decoded_once_and_resumed(fakes, capsys, tmp_path):
 
 
 def test_seeds_have_a_folder_each(fakes, capsys, tmp_path):
-    found = tables(capsys, "--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
+    arguments = ("--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
+    found = tables(capsys, *arguments)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["seed3", "seed4", "summary.json"]
     assert found["settings"]["seeds"] == [3, 4] and {row["seed"] for row in found["rows"]} == {3, 4}
     assert cell(found["tables"]["8"], evaluation.TCC, "with")["values"] == 2 * [winners()]
-    assert {own.folder.name for own in fakes} == {"toy-seed3", "toy-seed4"}
-    assert len(found["tables_by_seed"]) == 2
-    run("--table", 8, 10, "--seeds", 2, "--seed", 3, "--out", tmp_path)
+    assert {own.folder.name for own in fakes} == {"toy-seed3", "toy-seed4"} and len(found["tables_by_seed"]) == 2
+    assert run(*arguments) == 0
     out = capsys.readouterr().out
     assert "training seeds 3, 4" in out and "±" in out and "of 2 seeds" in out
 
 
 def test_tables_name_title_paper_and_verdict(fakes, capsys):
     assert run("--table", "1", "2", "10", "1") == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out.replace("\n    ", " ")
     assert out.count("\nTable ") == 3 and "40.88" in out and "83.17" in out
-    assert all(any(word in line for word in ("holds", "hold (", "undecided")) for line in out.split("\n")
-               if line.startswith(("The lowest C~", "The answer tokens", "Restarted, a member")))  # fmt: skip
+    claims = r"^(The lowest C~|The answer tokens|Restarted from).*: (does not hold|holds|undecided) \(.+?: [-+][0-9]"
+    assert len(re.findall(claims, out, re.MULTILINE)) == 3
+    assert evaluation.figure({"difference": 0.125, "ci95": [-0.25, 1]}, "difference") == "+12.5 [-25.0, +100.0]"
 
 
 # --- the trace -------------------------------------------------------------------------------------------------
@@ -482,14 +477,3 @@ def test_figure_1_shows_the_scores_after_every_step_of_a_member_alone(fakes):
             counted = masked[places] & (best.indices[:, 0] != train_toy.EOS)
             margins = (best.values[:, 0] - best.values[:, 1])[counted]
             assert said == (pytest.approx(float(margins.mean()), abs=1e-5) if len(margins) else None)
-
-
-def test_members_from_their_folders(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    settings = train_toy.Settings()
-    for name in "AB":  # complete folders, so that nothing is trained
-        evaluation.mdlm.save(train_toy.build(settings), tmp_path / "toy-seed0" / name)
-        record = {"settings": asdict(settings), "name": name, "layout": train_toy.LAYOUT, "validation_accuracy": 0.5}
-        (tmp_path / "toy-seed0" / name / train_toy.RECORD).write_text(json.dumps(record))
-    found = tables(capsys, "--table", 2, 9, "--checkpoints", tmp_path, "--problems", 2)
-    assert set(found["tables"]) == {"2", "9"} and {"settings", "problems", "rows", "comparisons"} <= set(found)
