@@ -417,6 +417,7 @@ class Job:
     problems: tuple[train_toy.Problem, ...]
     device: str
     dtype: str | None  # of the weights; None: as stored
+    cache: int | None = None  # forwards between two that compute all keys and values anew; None: every one
     temperature: float = 0.0  # sample at this temperature instead of decoding greedily
     restart: tuple[str, int] | None = None  # start from what this member alone has after so many steps (Table 2)
 
@@ -426,8 +427,10 @@ class Job:
     def member(self, name: str, place: int = 0) -> tie.Member:
         """The member of this name; copies at other places among the members differ where they sample."""
         model, config = mdlm.load(self.folder / name, self.device, DTYPES[self.dtype])
-        seed = zlib.crc32(f"{place} {self.problems[0].prompt}".encode())
-        denoise = sampling(model, self.temperature, seed) if self.temperature else model
+        denoise: tie.Denoiser = mdlm.Cached(model, self.cache) if self.cache else model
+        if self.temperature:
+            seed = zlib.crc32(f"{place} {self.problems[0].prompt}".encode())
+            denoise = sampling(denoise, self.temperature, seed)
         return tie.Member(denoise, config.mask_id, config.eos_id, name)
 
     def canvas(self, questions: list[Question]) -> tie.Canvas:
@@ -476,9 +479,9 @@ class Toy:
         self.names, folder = tuple(train_toy.NAMES[:2]), args.checkpoints / f"toy-seed{training.seed}"
         count = args.problems if args.unsolved or not args.trace else args.trace
         problems, config = train_toy.problems("test", count, args.problem_seed), config_of(args, TOY_INTERVAL)
-        self.plain = Job(folder, self.names, config, tuple(problems), args.device[0], args.dtype)
+        self.plain = Job(folder, self.names, config, tuple(problems), args.device[0], args.dtype, args.cache)
         self.settings = {"task": "toy", "members": self.names, "device": args.device[0]}
-        self.settings |= {name: getattr(args, name) for name in ("problems", "problem_seed", "batch_size", "dtype")}
+        self.settings |= {name: getattr(args, name) for name in ("problems", "problem_seed", "batch_size", "dtype", "cache")}
         self.settings |= {"config": asdict(config), "training": asdict(training)}
         self.prints = {"questions": fingerprint(self.plain.questions())}
         open_results(self.out, self.settings, self.prints)
@@ -499,11 +502,12 @@ class Toy:
 
     def job(
         self, members: Sequence[str] | None = None, *, problems: Iterable[train_toy.Problem] | None = None,
-        restart: tuple[str, int] | None = None, temperature: float = 0.0, **config: Any,
+        restart: tuple[str, int] | None = None, temperature: float = 0.0, cache: int | None = None, **config: Any,
     ) -> Job:  # fmt: skip
         """By default of the first two members, all problems, and the command's own settings."""
         names, settings = tuple(members or self.names), replace(self.plain.config, **config)
         job = replace(self.plain, names=names, config=settings, restart=restart, temperature=temperature)
+        job = replace(job, cache=cache or self.plain.cache)
         return job if problems is None else replace(job, problems=tuple(problems))
 
     def run(self, *members: Sequence[str], **changes: Any) -> Run:
@@ -527,7 +531,8 @@ class Toy:
 
     def title(self, job: Job) -> str:
         """Members, and what differs from the command's own settings; the name of a file."""
-        settings = [{**vars(x.config), "temperature": x.temperature, "restart": x.restart} for x in (job, self.plain)]
+        own = ("temperature", "restart", "cache")
+        settings = [{**vars(x.config), **{key: getattr(x, key) for key in own}} for x in (job, self.plain)]
         parts = [f"{key}={value}" for key, value in settings[0].items() if value != settings[1][key]]
         return re.sub(r"[^\w.=-]+", "-", " ".join(["-".join(job.names), *parts]))
 
@@ -544,6 +549,7 @@ TOY_INTERVAL = 2  # n
 METHODS: dict[str, dict] = {"post-generation": {"interval": T}, **{f"tie {s}": {"score": s} for s in tie.SCORES}}
 TCC, *LOGIT = [name for name in METHODS if name != "post-generation"]
 SIZES = range(1, 5)  # M
+REFRESHES = (2, 4, 8)  # R of mdlm.Cached
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5, 1 on validation problems
 
 
@@ -701,18 +707,56 @@ def table_unequal(toy: Toy) -> Table:
     return Table("a member far weaker than the other, accuracy %", rows, claims)
 
 
+def alone(runs: dict[str, Run]) -> dict[str, Method]:
+    """The runs, and before them the members alone and their oracle."""
+    after = runs["post-generation"]
+    return {f"member {name}": after.of(name) for name in after.names} | {"oracle": after.oracle} | runs
+
+
+def table_cache(toy: Toy) -> Table:
+    """Cached decoding, which is an approximation, against the exact one of the same members."""
+    exact = {name: toy.run(**config) for name, config in METHODS.items()}
+    rows: dict[str, dict] = {name: {"exact": method} for name, method in alone(exact).items()}
+    claims: dict[str, dict[str, dict]] = {}
+    for refresh in REFRESHES:
+        runs, column = {name: toy.run(cache=refresh, **config) for name, config in METHODS.items()}, f"R = {refresh}"
+        for name, method in alone(runs).items():
+            rows[name][column] = method
+        for name in (TCC, *LOGIT):
+            leaders = [[record["leaders"] for record in run[name].records] for run in (exact, runs)]
+            rows.setdefault(f"other leaders, {name}", {})[column] = estimate(np.mean, differing(*leaders))
+        for name in ("post-generation", TCC):
+            texts = [[written(record) for record in run[name].records] for run in (exact, runs)]
+            rows.setdefault(f"other tokens, {name}", {})[column] = estimate(np.mean, differing(*texts))
+        lost = {name: difference(exact[name], run) for name, run in runs.items()}
+        claims[f"Exact decoding is ahead of R = {refresh}"] = lost
+        gained = {name: difference(runs[name], runs["post-generation"]) for name in (TCC, *LOGIT)}
+        claims[f"TIE is ahead of post-generation with R = {refresh}"] = gained
+    return Table("keys and values made anew at every R-th forward, accuracy %", rows, claims)
+
+
+def differing(ours: Sequence[Sequence], theirs: Sequence[Sequence]) -> np.ndarray:
+    """(problems,) share of the entries of each sequence, where it has any, that differ."""
+    return np.array([np.mean([a != b for a, b in zip(x, y)]) for x, y in zip(ours, theirs) if x])
+
+
+def written(record: Record) -> str:
+    """The members' candidates, a character a token; what follows EOS is blank."""
+    return "".join(f"{reasoning}{answer:{train_toy.ANSWER_LENGTH}}" for reasoning, answer in record["texts"])
+
+
 PAPER = {
     "1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
     "10": table_10,
 }  # fmt: skip
-BEYOND = {"members": table_members, "cost": table_cost, "unequal": table_unequal}
+BEYOND = {"members": table_members, "cost": table_cost, "unequal": table_unequal, "cache": table_cache}
 
 
 def main_table(runs: dict[str, Run]) -> dict:
     """Rows and comparisons as `--json` has them; also of members alone, where post-generation is among the runs."""
     after, methods = runs.get("post-generation"), dict[str, Method](runs)
     if after:
-        methods = {f"member {name}": after.of(name) for name in after.names} | {"oracle": after.oracle} | runs
+        methods = alone(runs)
     rows, comparisons = [], []
     for name, method in methods.items():
         kind, score = ("tie", name[4:]) if name.startswith("tie ") else (name, None)
@@ -1008,7 +1052,7 @@ def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None
             for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
 
 
-def real_setup(members: list[Any], task: str, run_code: str | None) -> Setup:
+def real_setup(members: list[Any], task: str, run_code: str | None, cache: int | None) -> Setup:
     """Each member gets the question in its own chat template and vocabulary, and the task's lengths."""
     benchmark = BENCHMARKS[task]
 
@@ -1022,7 +1066,8 @@ def real_setup(members: list[Any], task: str, run_code: str | None) -> Setup:
         said = [*itertools.takewhile(lambda i: i not in members[m].eos_ids, ids)]
         return members[m].codec.decode(said).decode(errors="replace")
 
-    return Setup(members, lambda questions: [canvas(member, questions) for member in members], text,
+    cached = [replace(m, denoise=mdlm.Cached(m.denoise, cache)) for m in members] if cache else members
+    return Setup(cached, lambda questions: [canvas(member, questions) for member in members], text,
                  lambda question, answer: grade(task, question, answer, run_code))  # fmt: skip
 
 
@@ -1084,7 +1129,8 @@ def run_real(args: argparse.Namespace) -> None:
     gpu = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     places = devices(args.device or [gpu], len(args.members))
     effective = {"task": args.task, "members": args.members, "data": str(args.data), "questions": len(questions),
-                 "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "config": asdict(config)}
+                 "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "cache": args.cache,
+                 "config": asdict(config)}
     folders = {name: member_folder(given) for name, given in args.members.items()}
     prints = {f"weights of {name}": fingerprint(folder) for name, folder in folders.items()}
     open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
@@ -1094,7 +1140,7 @@ def run_real(args: argparse.Namespace) -> None:
     groups = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
     files = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}
     for name, group in groups.items():
-        setup, share = real_setup(group, args.task, args.run_code), questions[rank::world]
+        setup, share = real_setup(group, args.task, args.run_code, args.cache), questions[rank::world]
         decode_share(setup, config, share, files[name], args.batch_size)
     runs = {}
     for name, group in groups.items():
@@ -1592,6 +1638,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a perso
         "--block-size": ("of semi-autoregressive decoding (default: %(default)s)", {"type": int, "default": 16}),
         "--top-k": ("tokens committed a step (default: %(default)s)", {"type": int, "default": 1}),
         "--threshold": ("instead commit every token above this probability, at least one a step", {"type": float}),
+        "--cache": ("keep keys and values, made anew at every R-th forward: approximate", {"type": int, "metavar": "R"}),
     },
     "what to do on the toy (default: the main table)": {
         "--table": (
@@ -1665,7 +1712,7 @@ def check_arguments(args: argparse.Namespace, given: set[str], error: Callable[[
         if wrong:
             error(message)
 
-    for name, most in {"batch_size": math.inf, "limit": math.inf, "trace": math.inf, "seeds": 1000}.items():
+    for name, most in {"batch_size": math.inf, "cache": math.inf, "limit": math.inf, "trace": math.inf, "seeds": 1000}.items():
         value, limit = getattr(args, name), f" and at most {most}" if most < math.inf else ""
         wrong = value is not None and not 1 <= value <= most
         refuse(wrong, f"--{name.replace('_', '-')} must be at least 1{limit}, not {value}")
@@ -1675,7 +1722,7 @@ def check_arguments(args: argparse.Namespace, given: set[str], error: Callable[[
     refuse(args.figure and several, "--figure draws one training seed: leave out --json, --trace and --seeds")
     refuse(args.unsolved and not args.trace, "--unsolved is for --trace: give it too")
     refuse(args.seeds > 1 and not args.table, "--seeds is for --table: give it too")
-    for name in given & {"--trace", "--threshold", "--top-k", "--score", "--selection"}:
+    for name in given & {"--trace", "--threshold", "--top-k", "--score", "--selection", "--cache"}:
         refuse(args.table or args.figure, f"--table and --figure set their own {name}: leave it out")
     for name in given & {name for options in toy for name in options}:
         refuse(args.members, f"{name} is for the toy: leave out --members")

@@ -68,6 +68,15 @@ def rows(folder):
     return sorted(lines, key=lambda line: json.loads(line)["id"])
 
 
+def test_a_cache_made_anew_at_every_forward_is_exact_and_one_that_is_kept_is_not(folders, data, tmp_path):
+    kept = {}
+    for name, options in {"exact": (), "1": ("--cache", "1"), "8": ("--cache", "8")}.items():
+        assert evaluation.main(arguments(folders, data, "--limit", "4", *options, "--out", tmp_path / name, "--json")) == 0
+        kept[name] = rows(tmp_path / name)
+    assert kept["exact"] == kept["1"] != kept["8"]
+    assert json.loads((tmp_path / "8" / "settings.json").read_text())["settings"]["cache"] == 8
+
+
 def test_killed_in_the_middle_it_goes_on_with_the_same_records(folders, data, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert evaluation.main(arguments(folders, data, "--out", whole, "--json")) == 0

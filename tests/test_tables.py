@@ -233,6 +233,23 @@ def test_members_are_of_the_dtype_asked_for(tmp_path, dtype):
     assert own.member("A").denoise(*inputs).dtype == getattr(torch, dtype or "float32")
 
 
+def test_a_cache_is_put_around_each_member(tmp_path):
+    for seed, name in enumerate("AB"):
+        torch.manual_seed(seed)
+        evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=2)), tmp_path / name)
+    exact, whole, kept = (evaluation.decode_job(job(folder=tmp_path, cache=cache)) for cache in (None, 1, 16))
+    assert whole == exact != kept
+    assert job(folder=tmp_path, cache=3).member("A").denoise.refresh == 3
+
+
+def test_a_share_is_of_what_differs():
+    records = [{"texts": [["12", "345"], ["12", ""]]}, {"texts": [["12", "345678."], ["13", "3"]]}]
+    texts = [evaluation.written(record) for record in records]
+    assert len(texts[0]) == len(texts[1]) == 2 * (2 + train_toy.ANSWER_LENGTH)
+    assert evaluation.differing(texts[:1], texts[1:]) == [(5 + 2 - 1) / len(texts[0])]
+    assert evaluation.differing([[0, 1], []], [[0, 0], []]).tolist() == [0.5]
+
+
 def test_sampling_copies_of_a_member_differ(tmp_path):
     evaluation.mdlm.save(train_toy.build(train_toy.Settings(width=8, layers=1)), tmp_path / "A")
     own = job(folder=tmp_path, names=("A", "A"), temperature=0.5, config=tie.Config(interval=evaluation.T))
@@ -291,7 +308,7 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
 
 def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
     found, T = tables(capsys, "--table", "own")["tables"], evaluation.T
-    assert list(found) == ["members", "cost", "unequal"]
+    assert list(found) == ["members", "cost", "unequal", "cache"]
     for m in range(1, 5):
         names = tuple("ABCD"[:m])
         result, right = oracle(names, interval=T)
@@ -311,6 +328,10 @@ def test_cells_beyond_the_paper_are_what_the_algorithm_gives(fakes, capsys):
         assert cell(found["unequal"], row)["value"] == winners(names=pair[place : place + 1])
     for score in tie.SCORES:
         assert cell(found["unequal"], f"tie {score}")["value"] == winners(names=pair, score=score)
+        for column in ("exact", "R = 2", "R = 8"):  # these members have no keys and values that could be kept
+            assert cell(found["cache"], f"tie {score}", column)["value"] == winners(score=score)
+        assert cell(found["cache"], f"other leaders, tie {score}", "R = 4")["value"] == 0
+    assert {own.cache for own in fakes} == {None, 2, 4, 8}
 
 
 def test_members_beyond_a_and_b_are_trained_only_for_the_tables_that_need_them(fakes, capsys, monkeypatch):
