@@ -75,7 +75,7 @@ def watch(problem) -> Seen:
 def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS + RULES, begun=True, **fixed):
     """Members of one vocabulary, prompts of unequal length, settings; `begun`: perhaps partly decoded canvases."""
     M, vocab, eos_id = draw(members), draw(st.integers(6, 12)), draw(st.sampled_from([1, 2, (1, 2)]))
-    mask_id = draw(st.sampled_from([0, vocab - 1]))
+    mask_id = draw(st.sampled_from([0, vocab - 2, vocab - 1]))
     seeds = draw(st.lists(SEED, min_size=M, max_size=M))
     seeds = seeds[:1] * M if draw(st.integers(0, 5)) == 0 else seeds  # all the same
     tokens = st.integers(0, vocab - 1)

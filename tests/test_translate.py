@@ -202,16 +202,16 @@ def test_members_that_take_each_others_progress_away_end_too():
     def stubborn(codec):  # half a character at every position, and surest after one step
         me, half = member(codec), codec.tokenizer.token_to_id(SHOWN[-1])
         logits = torch.eye(codec.size + 3)[half] * torch.tensor([[1.0], [9.0]])
-        one = lambda x: ((x == me.mask_id).sum(1) == 5 - (x[:, -1] == me.eos_ids[0]).long()).long()
+        one = lambda x: ((x == half).sum(1) == 1).long()
         return replace(me, denoise=lambda x, p, _: logits[one(x)][:, None].expand(*p.shape, -1))
 
     members, config = [stubborn(SHORT), stubborn(LONG)], Config(interval=1, score="top1_probability", cross_model=False)
-    canvases = [canvas_for(m, 0, 6) for m in members]
-    for me, canvas in zip(members, canvases):  # the second row has five positions of six left
+    canvases = [canvas_for(m, 0, length) for m, length in zip(members, (5, 6))]
+    for me, canvas in zip(members, canvases):  # the second row has its last position already
         canvas.tokens[1, -1], canvas.masked[1, -1] = me.eos_ids[0], False
     result = tie.ensemble(members, canvases, config)
     assert all(canvas.complete.all() for canvas in result.candidates)
-    assert result.leaders.T.tolist() == [[0, 1] * 5 + [0], [0, 1] * 4 + [0, -1, -1]]  # twice the steps of one alone
+    assert result.leaders.T.tolist() == [[0, 1] * 5 + [0], [0, 1] * 4 + [0, -1, -1]]  # twice the steps of the longest
 
 
 def test_a_reader_that_cannot_hold_a_text_has_no_say_in_its_score():
