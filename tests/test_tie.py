@@ -711,7 +711,7 @@ def bad_inputs():
         ("m1.*batch size", [m0, m1], [canvas, one_row(canvas, 0)], config),
         ("m1.*layout", [m0, m1], [canvas, longer], config),
         ("m1.*reasoning, then answer", [m1], [swapped], config),
-        ("m1.*masks outside", [m0, m1], [canvas, replace(canvas, masked=canvas.tokens >= 0)], config),
+        ("m1.*masks outside", [m0, m1], [canvas, replace(canvas, masked=canvas.tokens != 9)], config),  # 9 pads
         ("m1.*int64", [m0, m1], [canvas, replace(canvas, tokens=canvas.tokens.int())], config),
         ("m1.*B, L", [m1], [replace(canvas, tokens=canvas.tokens[0])], config),
         ("m1.*B, L", [m1], [replace(canvas, tokens=canvas.tokens[:0], masked=canvas.masked[:0])], config),
@@ -750,6 +750,8 @@ def bad_inputs():
         ("m1.*eos_id.*0 and 0", other(eos_id=0), [canvas] * 2, config),
         ("m1.*logits", other(denoise=nowhere), [canvas] * 2, config),
         ("m1.*float logits.*None", other(denoise=lambda *inputs: None), [canvas] * 2, config),
+        ("m1.*float logits.*not ..2, 22.,", other(denoise=lambda x, p, _: torch.zeros(p.shape)), [canvas] * 2, config),
+        ("m1.*float logits.*int64", other(denoise=lambda x, p, _: torch.eye(10).long()[p % 10]), [canvas] * 2, config),
     ):
         yield message, partial(tie.ensemble, members, canvases, chosen)
 
