@@ -594,7 +594,7 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
     text = [i for i in ids if i is not None and i not in member.eos_ids]
     pieces, whole = {i: codec.decode([i]) for i in set(text)}, codec.decode(text)
     good = all(isinstance(x, bytes) for x in (whole, *pieces.values())) and b"".join(pieces[i] for i in text) == whole
-    for i, piece in pieces.items() if good else ():  # U+FFFD: half a character that was lost, or a token of its own
+    for i, piece in pieces.items():  # U+FFFD: half a character that was lost, or a token of its own
         good = good and (b"\xef\xbf\xbd" not in piece or codec.encode(piece.decode(errors="replace")) == [i])
     _require(good, f"{member}: its codec's decode must give the raw bytes of each token in turn, not {whole!r:.40}")
     units = [None if i is None else "EOS" if i in member.eos_ids else pieces[i] for i in ids]
@@ -604,7 +604,7 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
             b"".join(parted).decode()
             return units
         except UnicodeDecodeError as error:
-            ends = list(accumulate(map(len, parted)))
+            ends = accumulate(map(len, parted))
             hits = [error.start < end and end - len(part) < error.end and part for part, end in zip(parted, ends)]
             units = [None if hit else unit for hit, unit in zip(hits, units)]
 
@@ -612,7 +612,7 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
 def encode(text: str, member: Member, vocab_size: int | None) -> list[int]:
     """Ids of exactly this text; ValueError where the codec adds to it or loses of it."""
     codec: Any = member.codec
-    ids, special = codec.encode(text) if text else [], {member.mask_id, *member.eos_ids}
+    ids, special = codec.encode(text), {member.mask_id, *member.eos_ids}
     good = isinstance(ids, list) and all(type(i) is int and 0 <= i < (vocab_size or i + 1) for i in ids)
     good = good and not special & set(ids)
     _require(good, f"{member}: its codec's encode must give a list of ids, no mask, EOS or id beyond, not {ids!r:.40}")

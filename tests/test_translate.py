@@ -142,11 +142,18 @@ def test_rows_that_do_not_fit_keep_the_receivers_state():
 
 
 def test_half_a_character_that_a_broken_neighbour_leaves_behind_is_masked_too():
-    class Bytes:
+    class Bytes:  # e-acute, then no UTF-8; two thirds of a euro sign, with nothing between them
         encode = None
-        decode = staticmethod(lambda ids: b"".join([b"\xc3", b"\xa9\xff"][i] for i in ids))  # e-acute, then no UTF-8
+        decode = staticmethod(lambda ids: b"".join([b"\xc3", b"\xa9\xff", b"\xe2", b"", b"\x82"][i] for i in ids))
 
-    assert tell([0, 1], Member(None, 2, 3, codec=Bytes()), member(SHORT), 3) == [None, None, SHORT.size + 1]
+    for ids in ([0, 1], [2, 3, 4]):
+        assert tell(ids, Member(None, 5, 6, codec=Bytes()), member(SHORT), 3) == [None, None, SHORT.size + 1]
+
+
+def test_a_vocabulary_may_have_a_token_for_the_replacement_character():
+    own = Careless(encode=lambda text: [0] * len(text), decode=lambda ids: "\ufffd".encode() * len(ids))
+    told = tell([0, 0], Member(None, 1, 2, codec=own), member(SHORT), 9)
+    assert runs(told, member(SHORT))[0] == ("text", "\ufffd\ufffd".encode())
 
 
 @pytest.mark.parametrize("silent", [0, 1])
@@ -249,20 +256,22 @@ def lossy_text(ids):
 
 
 MASK, EOS = SHORT.size, SHORT.size + 1
-HALF = SHORT.encode("é")[:1]
+HALF = SHORT.encode("é")[1:]
 
 
 @pytest.mark.parametrize("message, ids, sender, receiver", [
     ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: "a"), LONG),
     ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: "a" if len(ids) == 1 else b"ab"), LONG),
     ("m0.*raw bytes", SHORT.encode("é"), Careless(decode=lossy_text), LONG),
-    ("m0.*raw bytes", HALF, Careless(decode=lossy_text), LONG),
+    ("m0.*raw bytes", HALF + SHORT.encode("0123"), Careless(decode=lossy_text), LONG),
+    ("m0.*raw bytes", SHORT.encode("ab"), Careless(decode=lambda ids: b"\xef\xbf\xbd\xc3" * len(ids)), LONG),
     ("m0.*raw bytes", SHORT.encode("a b"), Careless(decode=lambda ids: SHORT.decode(ids).strip()), LONG),
     ("m1.*list of ids.*not None", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: None)),
     ("m1.*list of ids.*not 'ab'", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: text)),
+    ("m1.*list of ids.*not .0[.]5", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [0.5])),
     ("m1.*no mask, EOS", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [MASK])),
     ("m1.*no mask, EOS", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [*SHORT.encode(text), EOS])),
-    ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [SHORT.size + 9])),
+    ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [SHORT.size + 3])),
     ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [-1])),
     ("m1.*or id beyond", SHORT.encode("ab"), SHORT, Careless(encode=lambda text: [0, SHORT.size + 9])),
     ("m1.*neither add.*'Ab'", SHORT.encode("Ab"), SHORT, Careless(encode=lambda text: SHORT.encode(text.lower()))),
