@@ -92,6 +92,7 @@ def holds(canvas: Canvas, b: int, state: reference.State) -> bool:
 
 
 def agree(result: tie.Result, rows: list[reference.Row]) -> None:
+    assert (type(result.forwards), type(result.not_relayed)) == (float, int)
     assert result.forwards == sum(row.forwards for row in rows) / len(rows)
     assert result.not_relayed == sum(row.not_relayed for row in rows)
     for b, row in enumerate(rows):
