@@ -453,7 +453,7 @@ LOGIT_SCORES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {  # f at eac
 
 def mean_over(values: Tensor, where: Tensor, dim: int = -1) -> Tensor:
     """Mean of the values where `where` is True; UNSCORED where that is nowhere."""
-    mean = values.masked_fill(~where, 0).sum(dim) / where.sum(dim).clamp(min=1)
+    mean = values.masked_fill(~where, 0).sum(dim) / where.sum(dim)  # 0 / 0 where that is nowhere
     return mean.masked_fill(~where.any(dim), UNSCORED)
 
 
