@@ -379,8 +379,9 @@ def commit(canvas: Canvas, reading: Reading, config: Config) -> Canvas:
     chosen = torch.zeros_like(reading.masked).scatter(1, first, True)  # (B, W)
     if config.rule is not None:
         added = config.rule(reading)
-        good = isinstance(added, Tensor) and added.dtype == torch.bool and added.shape == chosen.shape
-        _require(good, f"commit must give {tuple(chosen.shape)} bool, not {added!r:.60}")
+        given = (tuple(added.shape), added.dtype) if isinstance(added, Tensor) else type(added).__name__
+        wanted = (tuple(chosen.shape), torch.bool)
+        _require(given == wanted, f"commit must give {wanted}, not {given}")
         chosen = chosen | added.to(chosen.device)
     chosen = chosen & reading.masked
     token = torch.where(chosen, reading.token, canvas.tokens.gather(1, reading.positions))
@@ -673,7 +674,8 @@ def _check_canvas(member: Member, canvas: Canvas) -> None:
 def _check_logits(member: Member, logits: Any, shape: tuple[int, int], device: torch.device) -> None:
     good = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape and logits.is_floating_point()
     if not good or logits.device != device:
-        given = (tuple(logits.shape), logits.dtype, str(logits.device)) if isinstance(logits, Tensor) else repr(logits)
-        raise ValueError(f"{member} must give float logits {(*shape, 'V')} on {device}, not {given!s:.60}")
+        kind = type(logits).__name__
+        given = (tuple(logits.shape), logits.dtype, str(logits.device)) if isinstance(logits, Tensor) else kind
+        raise ValueError(f"{member} must give float logits {(*shape, 'V')} on {device}, not {given}")
     for i in (member.mask_id, *member.eos_ids):
         _require(0 <= i < logits.shape[2], f"{member}: its id {i} lies outside its vocabulary of {logits.shape[2]}")

@@ -533,7 +533,7 @@ class HostWaits(TorchFunctionMode):
     """Notes every use of a tensor that would wait for an accelerator."""
 
     NAMES = """item tolist numpy cpu nonzero argwhere unique masked_select equal allclose is_nonzero bincount
-        __bool__ __int__ __float__ __index__ __contains__"""
+        __bool__ __int__ __float__ __index__ __contains__ __repr__ __format__"""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -544,9 +544,10 @@ class HostWaits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("score, cross_model", list(product(SCORES, (True, False))))
-def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cross_model):
-    members, canvases, config = small([1, 2, 3], score=score, cross_model=cross_model, interval=4, block_size=3)
+@pytest.mark.parametrize("score, cross_model, top_k", list(product(SCORES, (True, False), (1, 2))))
+def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cross_model, top_k):
+    settings = dict(score=score, cross_model=cross_model, interval=4, block_size=4, top_k=top_k)
+    members, canvases, config = small([1, 2, 3], **settings)
     events = []
     members = [replace(m, denoise=lambda *x, own=m.denoise: (events.append("call"), own(*x))[1]) for m in members]
     with HostWaits() as waits:
@@ -555,7 +556,7 @@ def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cro
     assert "wait" in events  # between rounds: the watch does see
     rounds = " ".join(events).split("round")[:-1]
     for number, names in enumerate(map(str.split, rounds)):
-        steps = min(4, 14 - 4 * number)  # 14 tokens, four a round
+        steps = min(4, {1: 14, 2: 7}[top_k] - 4 * number)  # blocks of 4, 4 and 4, 2; four steps a round
         served = number > 0 and cross_model and score != "token_change_count"  # the first step, by the assessment
         calls = [i for i, name in enumerate(names) if name == "call"]
         made = 3 * (steps - served)
@@ -731,7 +732,9 @@ def bad_inputs():
         ("is no tie.Member", [m0, m1.denoise], [canvas] * 2, config),
         ("m1.*tie.Canvas, not Tensor", [m0, m1], [canvas, canvas.tokens], config),
         ("config.*not dict", [m0, m1], [canvas] * 2, {"interval": 2}),
-        ("commit must give .2, 14. bool", [m0, m1], [canvas] * 2, Config(block_size=14, **wrong_rule)),
+        ("commit must give ..2, 14., .*bool., not .*float32", [m0, m1], [canvas] * 2, Config(block_size=14, **wrong_rule)),
+        ("commit must give ..2, 14., .*bool., not ..2, 1.,", [m0, m1], [canvas] * 2,
+         Config(block_size=14, commit=lambda reading: reading.masked[:, :1])),
         ("commit must give .* not None", [m0, m1], [canvas] * 2, Config(commit=lambda reading: None)),
         ("m1.*on cpu, not .*meta", other(denoise=lambda x, p, _: torch.zeros(*p.shape, 10, device="meta")),
          [canvas] * 2, config),
