@@ -546,7 +546,7 @@ class HostWaits(TorchFunctionMode):
 
 @pytest.mark.parametrize("score, cross_model, top_k", list(product(SCORES, (True, False), (1, 2))))
 def test_nothing_waits_for_a_device_inside_a_round_with_a_fixed_quota(score, cross_model, top_k):
-    settings = dict(score=score, cross_model=cross_model, interval=4, block_size=4, top_k=top_k)
+    settings = {"score": score, "cross_model": cross_model, "interval": 4, "block_size": 4, "top_k": top_k}
     members, canvases, config = small([1, 2, 3], **settings)
     events = []
     members = [replace(m, denoise=lambda *x, own=m.denoise: (events.append("call"), own(*x))[1]) for m in members]

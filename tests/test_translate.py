@@ -142,12 +142,12 @@ def test_rows_that_do_not_fit_keep_the_receivers_state():
 
 
 def test_half_a_character_that_a_broken_neighbour_leaves_behind_is_masked_too():
-    class Bytes:  # e-acute, then no UTF-8; two thirds of a euro sign, with nothing between them
-        encode = None
-        pieces = {0: b"\xc3", 1: b"\xa9\xff", 2: b"\xe2", 3: b"", 4: b"\x82"}
+    # e-acute, then no UTF-8; two thirds of a euro sign, with nothing between them
+    pieces = {0: b"\xc3", 1: b"\xa9\xff", 2: b"\xe2", 3: b"", 4: b"\x82"}
 
-        def decode(self, ids):
-            return b"".join(self.pieces[i] for i in ids)
+    class Bytes:
+        encode = None
+        decode = staticmethod(lambda ids: b"".join(pieces[i] for i in ids))
 
     for ids in ([0, 1], [2, 3, 4]):
         assert tell(ids, Member(None, 5, 6, codec=Bytes()), member(SHORT), 3) == [None, None, SHORT.size + 1]
