@@ -193,7 +193,7 @@ def ensemble(
     ended = torch.full_like(limit, len(runs) == 1, dtype=torch.bool)  # (B,) no more relays, as at `limit` (B,) steps
     leaders, all_scores = limit.new_zeros(0, len(limit)), torch.zeros(0, len(runs), len(limit), device=device)
     step = not_relayed = 0
-    while not all(bool(run.canvas.complete.all()) for run in runs):
+    while not all(run.canvas.complete.all() for run in runs):
         step += generate(runs)  # Sec. 4.1
         scores, top1 = (stack_on(device, part) for part in zip(*[run.score_round() for run in runs]))  # (M, B), Eq. 6
         ended = ended | stack_on(device, [run.canvas.complete for run in runs]).any(0) | (limit <= step)

@@ -601,11 +601,17 @@ class Softmaxes(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("commit, softmaxes", [(None, 1), (clear_lead(2.0), 2), (entropy_bound(0.0), 2)])
-def test_nothing_is_computed_that_the_rule_does_not_ask_for(commit, softmaxes):
+def test_nothing_is_computed_or_kept_that_the_rule_does_not_ask_for(commit, softmaxes):
     problem = small([1, 2], interval=99, commit=commit)
     with Softmaxes() as seen:
         calls = [call for by_member in watch(problem).calls for calls in by_member for call in calls]
     assert len(seen.rows) == softmaxes * len(calls)
+    run = tie.Run(0, problem.members[0], problem.canvases[0], problem.config)
+    reading = run.read(run.canvas)
+    assert reading.logits.shape == (2, 16, 10 if commit else 0) and reading.nan.shape == (2,)
+    assert (reading.confidence[~reading.masked] == -1).all()
+    run.step()
+    assert run.history[0].logits.shape == (2, 16, 0)
 
 
 @pytest.mark.parametrize("vocab, rows", [(50, [6]), (2**18, [4, 2]), (2**20, [1] * 6), (2**21, [1] * 6)])
