@@ -523,7 +523,7 @@ def test_a_model_may_write_its_next_logits_into_the_same_memory():
 
 def test_a_result_shares_no_memory_with_the_canvases_given():
     members, (canvas, _), config = small([1, 2])
-    done = replace(canvas, masked=torch.zeros_like(canvas.masked))  # nothing to decode
+    done = replace(canvas, tokens=canvas.tokens.clone(), masked=torch.zeros_like(canvas.masked))  # nothing to decode
     for got in tie.ensemble(members, [done] * 2, config).candidates:
         got.tokens.fill_(3), got.masked.fill_(True)
     assert torch.equal(done.tokens, canvas.tokens) and not done.masked.any()
