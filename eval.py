@@ -792,8 +792,7 @@ def show_main(table: dict) -> None:
         if row.get("paper"):
             grid[name]["paper"] = str(row["paper"])
         if (none := row.get("none_alone")) and none["n"]:
-            solved = f"{row['score']} solves {percent(none['value'])} %"
-            notes.append(f"{solved} of the {none['n']} problems that no member solves alone")
+            grid[name][f"of {none['n']} unsolved alone"] = percent(none["value"])
     for t in table.get("tcc", []):
         means = ", ".join(f"{t[label]:.2f} {label}" for label in ("correct", "incorrect") if t[label] is not None)
         notes.append(f"C~(T) of member {t['member']} alone, mean over its answers: {means}")

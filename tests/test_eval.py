@@ -147,7 +147,7 @@ def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_
     assert voted.forwards == pytest.approx(64 * count / len(samples))
 
 
-@pytest.mark.parametrize("program, options", [(evaluation, 28), (train_toy, 13)])
+@pytest.mark.parametrize("program, options", [(evaluation, 29), (train_toy, 13)])
 def test_help_fits_two_screens_and_has_a_line_for_every_option(program, options, monkeypatch, capsys):
     parsers, original = [], train_toy.Parser.parse_args
     monkeypatch.setattr(train_toy.Parser, "parse_args", lambda *given: parsers.append(given[0]) or original(*given))
