@@ -15,7 +15,7 @@ Shapes: "toy" is train_toy.py's model and layout, decoded whole, n = 2. The othe
 reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the last 17 tokens: a round, a relay, a
 step. On a CPU, a and d make only their last 2 steps, with n = 1: a relay at every second step, not every 16th.
 Part g makes one round, 16 steps and a relay, in the midst of 384 positions (prompt 80, reasoning 264, suffix 8,
-answer 32), and has a shape of its own beside "wide": "small" is LLaDA in small, its head with the same share.
+answer 32). "small", in b and g, is LLaDA in small: its head has the same share, 7 %.
 Not part of the test suite. On 2 cores the default takes about MINUTES minutes and 6 GB.
 
 Example: python tests/bench.py --only a c --repeats 7
@@ -141,6 +141,10 @@ class Bench:
             steps, config = 2, replace(config, interval=1)
         return made[:M], [blank(made[0], layout, batch, self.device, steps)] * M, config
 
+    def cases(self, *batches: int) -> list[tuple[str, int]]:
+        """Of parts b and g: "small", and the shapes asked for but the toy, at each batch size."""
+        return [(shape, batch) for shape in dict.fromkeys(["small", *self.shapes]) if shape != "toy" for batch in batches]
+
     def seconds(self, job: Job) -> float:
         if self.device != "cpu":
             torch.cuda.synchronize()
@@ -251,8 +255,8 @@ def peak_memory(shape: str, device: str, way: str, batch: int, length: int) -> f
 
 def needed_logits(bench: Bench, length: int = 512) -> None:
     """b. The bars hold for softmax in float32, as LLaDA's public sampler makes it; Fast-dLLM's makes it in float64.
-    They are the wide model's on a CPU: the head is a smaller part of 8B models, on both sides."""
-    for shape, batch in ((shape, batch) for shape in bench.shapes if shape != "toy" for batch in (1, 8)):
+    They are the wide model's on a CPU, more than half of which is its head; "small" has LLaDA-8B's share, 7 %."""
+    for shape, batch in bench.cases(1, 8):
         jobs = one_step(bench.case(shape, 1, M=1)[0][0], bench.device, batch, length)
         if batch > 1:
             del jobs["float64"]  # of 8 sequences, 10 GB
@@ -383,7 +387,7 @@ def public_steps(member: tie.Member, canvas: tie.Canvas, steps: int, block_size:
 
 def cache(bench: Bench, n: int = 16) -> None:
     """g. Two members against themselves, and against one of them under a public sampler."""
-    for shape, batch in ((shape, batch) for shape in ("small", *bench.shapes) if shape != "toy" for batch in (1, 4)):
+    for shape, batch in bench.cases(1, 4):
         members, _, config = bench.case(shape, batch)
         canvas = blank(members[0], (80, 264, 8, 32), batch, bench.device)
         begun = slice(canvas.reasoning.start, canvas.reasoning.stop - 40)  # so that a block of 16 comes next
