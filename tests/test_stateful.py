@@ -1,6 +1,5 @@
 """TIE's rounds in any order and any settings, each move beside the slow reference's."""
 
-from collections import namedtuple
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -11,15 +10,13 @@ from hypothesis import reject, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference import Fake, Unclear, Watched
-from test_tie import ONE_TO_FOUR, QUOTAS, SCORES, near, one_row
+from test_tie import ONE_TO_FOUR, SCORES, SEED, Problem, near, one_row, settings_for
 
 import tie
-from tie import Canvas, Config, Member
+from tie import Canvas, Member
 
-Problem = namedtuple("Problem", "members canvases config")
 STEPS = st.sampled_from([1, 2, 2, 3, 3, 4])
 LOGIT_SCORE = st.none() | st.sampled_from(SCORES[1:])  # none: the score of the member's own steps, as configured
-SEED = st.integers(0, 10**6) | st.integers(0, 2)  # members may be alike
 
 
 class Pieces:
@@ -54,7 +51,8 @@ def problems(draw):
     each = {name: draw(st.tuples(LENGTHS, st.booleans(), st.integers(0, 4))) for name in CODECS}
     begun, members, canvases = draw(st.integers(0, 3)) == 0, [], []
     for name in names:
-        seed, codec, (lengths, two_ends, pad_id) = draw(SEED), CODECS[name], each[name]
+        seed, codec = draw(SEED | st.integers(0, 2)), CODECS[name]  # members may be alike
+        lengths, two_ends, pad_id = each[name]
         mask_id, ids = len(codec.pieces), [codec.encode(text) for text in prompts]
         eos_id = (mask_id + 1, mask_id + 2) if two_ends else mask_id + 1
         fake = Fake(seed, mask_id + 2 + two_ends, mask_id, mask_id + 1)
@@ -64,13 +62,7 @@ def problems(draw):
             given = torch.rand(c.masked.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
             c.tokens[given & c.masked], c.masked = seed % 4, c.masked & ~given
         canvases.append(c)
-    config = Config(
-        interval=draw(st.sampled_from([1, 2, 3, 4, 5, 6, 99])), block_size=draw(st.integers(1, 6)),
-        score=draw(st.sampled_from(SCORES)), cross_model=draw(st.booleans()), normalize=draw(st.booleans()),
-        selection=draw(st.sampled_from(tie.SELECTIONS)), best_model=draw(st.integers(0, M - 1)),
-        answer_window=draw(st.none() | st.integers(1, 4)), **draw(st.sampled_from(QUOTAS)),
-    )  # fmt: skip
-    return Problem(members, canvases, config)
+    return Problem(members, canvases, draw(settings_for(M)))
 
 
 def values(means: list) -> torch.Tensor:

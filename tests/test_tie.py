@@ -72,6 +72,18 @@ def watch(problem) -> Seen:
 
 
 @st.composite
+def settings_for(draw, M, quotas=QUOTAS, **fixed):
+    choices = {
+        "interval": st.sampled_from([1, 2, 3, 3, 4, 5, 6, 99]), "block_size": st.integers(1, 6),
+        "score": st.sampled_from(SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
+        "selection": st.sampled_from(["lowest_tcc", "lowest_tcc", "best_model", "most_selected"]),
+        "best_model": st.integers(0, M - 1), "answer_window": st.none() | st.integers(1, 4),
+    }  # fmt: skip
+    drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
+    return Config(**drawn, **draw(st.sampled_from(quotas)), **fixed)
+
+
+@st.composite
 def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS + RULES, begun=True, **fixed):
     """Members of one vocabulary, prompts of unequal length, settings; `begun`: perhaps partly decoded canvases."""
     M, vocab, eos_id = draw(members), draw(st.integers(6, 12)), draw(st.sampled_from([1, 2, (1, 2)]))
@@ -92,14 +104,7 @@ def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS + RULES, begun=True, **fix
             c.tokens[c.masked] = 4  # what stands under a mask is of no account
             c.tokens[:, : c.reasoning.start] += seed  # and each member has the question in words of its own
             c.tokens %= vocab
-    choices = {
-        "interval": st.sampled_from([1, 2, 3, 3, 4, 5, 6, 99]), "block_size": st.integers(1, 6),
-        "score": st.sampled_from(SCORES), "cross_model": st.booleans(), "normalize": st.booleans(),
-        "selection": st.sampled_from(["lowest_tcc", "lowest_tcc", "best_model", "most_selected"]),
-        "best_model": st.integers(0, M - 1), "answer_window": st.none() | st.integers(1, 4),
-    }  # fmt: skip
-    drawn = {name: draw(choice) for name, choice in choices.items() if name not in fixed}
-    config = Config(**drawn, **draw(st.sampled_from(quotas)), **fixed)
+    config = draw(settings_for(M, quotas, **fixed))
     return Problem([Member(Fake(s, vocab, mask_id, 1), mask_id, eos_id, f"m{s}") for s in seeds], canvases, config)
 
 
