@@ -743,7 +743,7 @@ def bad_inputs():
         ("is no tie.Member", [m0, m1.denoise], [canvas] * 2, config),
         ("m1.*tie.Canvas, not Tensor", [m0, m1], [canvas, canvas.tokens], config),
         ("config.*not dict", [m0, m1], [canvas] * 2, {"interval": 2}),
-        ("commit must give ..2, 14., .*bool., not .*float32", [m0, m1], [canvas] * 2, Config(block_size=14, **wrong_rule)),
+        ("commit must give ..2, 14., .*float32", [m0, m1], [canvas] * 2, Config(block_size=14, **wrong_rule)),
         ("commit must give ..2, 14., .*bool., not ..2, 1.,", [m0, m1], [canvas] * 2,
          Config(block_size=14, commit=lambda reading: reading.masked[:, :1])),
         ("commit must give .* not None", [m0, m1], [canvas] * 2, Config(commit=lambda reading: None)),
