@@ -777,7 +777,7 @@ def test_members_may_come_from_a_generator():
 
 
 def test_prompts_are_padded_on_the_left_and_a_threshold_may_be_one():
-    canvas = Canvas.blank([[3, 4, 5], [6]], [7], 2, 1, mask_id=0, pad_id=9)
+    canvas = Canvas.blank([(3, 4, 5), [6]], (7,), 2, 1, mask_id=0, pad_id=9)
     assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]]
     assert Config(threshold=1).threshold == 1
     assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
