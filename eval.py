@@ -1625,7 +1625,10 @@ def path(text: str) -> Path:
 
 OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a person wants to do: help, argparse's words
     "how to decode": {
-        "--interval": ("n, steps between relays (default: 2 on the toy; the paper's for a benchmark)", {"type": int}),
+        "--interval": (
+            "n, steps between relays; one step gives token change count nothing to compare (default: 2, or the paper's)",
+            {"type": int},
+        ),
         "--score": (
             "of a trace or a benchmark; the toy's tables show all (default: %(default)s)",
             {"default": tie.SCORES[0], "choices": tie.SCORES},
