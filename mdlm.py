@@ -3,9 +3,10 @@
 The model is a bidirectional transformer (RMSNorm, SwiGLU, rotary positions, optional grouped-query
 attention and q/k/v biases) that predicts every masked token of a sequence at once. `MDLM` is a
 `tie.Denoiser`: it gives logits at chosen positions only, and `logits[b, k]` is the distribution of
-the token AT `positions[b, k]`. `load` reads a folder of any of the three, `load_codec` its tokenizer.
+the token AT `positions[b, k]`. `Cached` is one too, which keeps keys and values from call to call. `load` reads a
+folder of any of the three, `load_codec` its tokenizer.
 
-Shapes: B sequences, L positions, K chosen positions, V vocabulary, D width, H heads, G key/value heads, E head_dim.
+Shapes: B sequences, L positions, N computed ones, K chosen ones, V vocabulary, D width, H heads, G key/value heads, E head_dim.
 """
 
 from __future__ import annotations
