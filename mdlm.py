@@ -6,7 +6,8 @@ attention and q/k/v biases) that predicts every masked token of a sequence at on
 the token AT `positions[b, k]`. `Cached` is one too, which keeps keys and values from call to call. `load` reads a
 folder of any of the three, `load_codec` its tokenizer.
 
-Shapes: B sequences, L positions, N computed ones, K chosen ones, V vocabulary, D width, H heads, G key/value heads, E head_dim.
+Shapes: B sequences, L positions, N computed ones, K chosen ones, V vocabulary, D width, H heads, G key/value
+heads, E head_dim.
 """
 
 from __future__ import annotations
