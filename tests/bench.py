@@ -16,7 +16,7 @@ reasoning 72, suffix 8, answer 16), n = 16, and all is committed already but the
 step. On a CPU, a and d make only their last 2 steps, with n = 1: a relay at every second step, not every 16th.
 Part g makes one round, 16 steps and a relay, in the midst of 384 positions (prompt 80, reasoning 264, suffix 8,
 answer 32). "small", in b and g, is LLaDA in small: its head has the same share, 7 %.
-Not part of the test suite. On 2 cores the default takes about MINUTES minutes and 6 GB.
+Not part of the test suite. On 2 cores the default takes about twenty minutes and 6 GB.
 
 Example: python tests/bench.py --only a c --repeats 7
 """

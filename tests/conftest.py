@@ -1,5 +1,6 @@
 """The suite runs from the repository root: `python -m pytest`; more examples with `--hypothesis-profile=deep`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too
 
 slow_is_fine = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=slow_is_fine)
