@@ -94,7 +94,7 @@ def known_options():
     for program in ("eval.py", "train_toy.py", "tests/bench.py"):
         command = [sys.executable, str(ROOT / program), "--help"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        options |= set(re.findall(r"^ +(--[a-z-]+)", shown, re.MULTILINE))
+        options |= set(re.findall(r"^ +(?:-[a-z], )?(--[a-z-]+)", shown, re.MULTILINE))
     return options
 
 
