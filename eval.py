@@ -506,9 +506,11 @@ class Toy:
     ) -> Job:  # fmt: skip
         """By default of the first two members, all problems, and the command's own settings."""
         names, settings = tuple(members or self.names), replace(self.plain.config, **config)
-        job = replace(self.plain, names=names, config=settings, restart=restart, temperature=temperature)
-        job = replace(job, cache=cache or self.plain.cache)
-        return job if problems is None else replace(job, problems=tuple(problems))
+        chosen = self.plain.problems if problems is None else tuple(problems)
+        return replace(
+            self.plain, names=names, config=settings, problems=chosen, restart=restart, temperature=temperature,
+            cache=cache or self.plain.cache,
+        )  # fmt: skip
 
     def run(self, *members: Sequence[str], **changes: Any) -> Run:
         """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
@@ -549,7 +551,6 @@ TOY_INTERVAL = 2  # n
 METHODS: dict[str, dict] = {"post-generation": {"interval": T}, **{f"tie {s}": {"score": s} for s in tie.SCORES}}
 TCC, *LOGIT = [name for name in METHODS if name != "post-generation"]
 SIZES = range(1, 5)  # M
-REFRESHES = (2, 4, 8)  # R of mdlm.Cached
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5, 1 on validation problems
 
 
@@ -718,7 +719,7 @@ def table_cache(toy: Toy) -> Table:
     exact = {name: toy.run(**config) for name, config in METHODS.items()}
     rows: dict[str, dict] = {name: {"exact": method} for name, method in alone(exact).items()}
     claims: dict[str, dict[str, dict]] = {}
-    for refresh in REFRESHES:
+    for refresh in (2, 4, 8):
         runs, column = {name: toy.run(cache=refresh, **config) for name, config in METHODS.items()}, f"R = {refresh}"
         for name, method in alone(runs).items():
             rows[name][column] = method
@@ -1148,11 +1149,15 @@ def run_real(args: argparse.Namespace) -> None:
             return  # another process is still at work
         runs[name] = Run([files[name].done[q.id] for q in questions], [m.name for m in group])
     table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
-    figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
-    for row in table["rows"]:  # the paper's figure for the same setting, in Table 4 or 3
+    add_paper(table["rows"], dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)))
+    finish(args, effective, table)
+
+
+def add_paper(rows: list[dict], figures: dict) -> None:
+    """To each row the paper's figure for the same setting, by the column of Table 3 or 4 that its method names."""
+    for row in rows:
         name = f"{row['method']} {row['score']}".lower()
         row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
-    finish(args, effective, table)
 
 
 # --- answers: what the decoded answer region says, and whether it is right ----------------------------
