@@ -378,9 +378,8 @@ def commit(canvas: Canvas, reading: Reading, config: Config) -> Canvas:
     first = reading.confidence.argmax(1, keepdim=True)  # (B, 1), of equal confidences the lower position
     chosen = torch.zeros_like(reading.masked).scatter(1, first, True)  # (B, W)
     if config.rule is not None:
-        added = config.rule(reading)
+        added, wanted = config.rule(reading), (tuple(chosen.shape), torch.bool)
         given = (tuple(added.shape), added.dtype) if isinstance(added, Tensor) else type(added).__name__
-        wanted = (tuple(chosen.shape), torch.bool)
         _require(given == wanted, f"commit must give {wanted}, not {given}")
         chosen = chosen | added.to(chosen.device)
     chosen = chosen & reading.masked
@@ -674,8 +673,7 @@ def _check_canvas(member: Member, canvas: Canvas) -> None:
 def _check_logits(member: Member, logits: Any, shape: tuple[int, int], device: torch.device) -> None:
     good = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape and logits.is_floating_point()
     if not good or logits.device != device:
-        kind = type(logits).__name__
-        given = (tuple(logits.shape), logits.dtype, str(logits.device)) if isinstance(logits, Tensor) else kind
+        given = (tuple(logits.shape), logits.dtype, str(logits.device)) if isinstance(logits, Tensor) else type(logits)
         raise ValueError(f"{member} must give float logits {(*shape, 'V')} on {device}, not {given}")
     for i in (member.mask_id, *member.eos_ids):
         _require(0 <= i < logits.shape[2], f"{member}: its id {i} lies outside its vocabulary of {logits.shape[2]}")
