@@ -132,8 +132,9 @@ class Block(nn.Module):
         self.down = nn.Linear(c.hidden, c.width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None, memory: Memory | None
-    ) -> Tensor:
+        self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None, chosen: Tensor | None,
+        memory: Memory | None,
+    ) -> Tensor:  # fmt: skip
         """x (B, N, D) -> (B, N, D), or (B, K, D) of those at the indices `chosen` (B, K) alone, which still see all.
 
         They attend to one another, or, with a `memory`, to all the keys and values that it makes of theirs.
@@ -147,7 +148,7 @@ class Block(nn.Module):
             k, v = (repeat(z, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads) for z in (k, v))
         if chosen is not None:
             rows = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
-            x, y, cos, sin = (z.expand(len(x), -1, -1)[rows, chosen] for z in (x, y, cos, sin))  # (B, K, D) or (B, K, E)
+            x, y, cos, sin = (z.expand(len(x), -1, -1)[rows, chosen] for z in (x, y, cos, sin))  # (B, K, D or E)
         q = rotate(rearrange(self.q(y), "b k (h e) -> b h k e", h=self.heads), cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, K, E), scale 1 / sqrt(E)
         x = x + self.o(rearrange(y, "b h k e -> b k (h e)"))
@@ -162,14 +163,14 @@ class MDLM(nn.Module):
         super().__init__()
         self.config = config
         weight = torch.empty(config.vocab_size, config.width)
-        # Draws for a tensor without values, as `load` begins with, would cost a second of imports.
+        # On the meta device, where `load` builds the model, normal_ would draw nothing and import for a second.
         self.embed = nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, K, V) of the tokens at `positions` (B, K), or (B, L, V) at all when None.
+        """Logits (B, K, V) of the tokens at `positions` (B, K), or (B, L, V) at all positions when None.
 
         tokens (B, L) int64; attention_mask (B, L) bool, False on padding: padding is never attended to, and
         logits at padding mean nothing. Raises ValueError for more positions than the config's max_length.
@@ -205,12 +206,10 @@ class MDLM(nn.Module):
         memories: Sequence[Memory | None] = (),
     ) -> Tensor:  # fmt: skip
         """Logits (B, K, V) from the outputs at the indices `chosen` (B, K) among tokens (B, N); see `Block.forward`."""
-        *before, last = zip(self.layers, memories or [None] * len(self.layers))
         x = self.embed(tokens)  # (B, N, D)
-        for block, memory in before:
-            x = block(x, cos, sin, attn_mask, None, memory)
-        # Nothing after the last layer reads other positions: a sixth of the toy's forward, a 36th of LLaDA's.
-        x = last[0](x, cos, sin, attn_mask, chosen, last[1])  # (B, K, D)
+        for i, (block, memory) in enumerate(zip(self.layers, memories or [None] * len(self.layers)), start=1):
+            # Nothing after the last layer reads other positions: a sixth of the toy's forward, a 36th of LLaDA's.
+            x = block(x, cos, sin, attn_mask, chosen if i == len(self.layers) else None, memory)
         return self.head(self.norm(x))
 
 
@@ -227,7 +226,7 @@ class Cached:
     The logit scores read every member's state through one cache, each as a change from the last; a row whose relays
     have ended then sees its refresh fall on other steps than it would alone. A batch is known by its fixed tokens, or
     by tokens as at its first call: where other starts of the same prompts follow in the same layout, or the weights
-    change, take a new `Cached`. Raises ValueError for what is no MDLM or no positive number of calls.
+    change, take a new `Cached`. Raises ValueError where `model` is no MDLM, or `refresh` no whole number of at least 1.
     """
 
     def __init__(self, model: MDLM, refresh: int):
@@ -236,11 +235,11 @@ class Cached:
         if type(refresh) is not int or refresh < 1:
             raise ValueError(f"refresh must be a whole number of at least 1, not {refresh!r}")
         self.model, self.refresh, self.calls = model, refresh, 0
-        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (B, G, L, E) of each layer, made of
-        self.tokens, self.real = torch.empty(0, 0), torch.empty(0, 0)  # (B, L) these tokens, with this attention mask
+        self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (B, G, L, E) of each layer
+        self.tokens, self.real = torch.empty(0, 0), torch.empty(0, 0)  # (B, L) tokens and attention mask behind them
         self.first, self.fixed = self.tokens, self.real  # (B, L) the batch's first tokens; those that are no masks
 
-    # What is kept must outlive an inference mode, to be written to outside of it.
+    # No inference tensors: later calls, perhaps outside inference mode, write to what is kept.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -250,12 +249,13 @@ class Cached:
         real = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask  # (B, L)
         needed, count = self._needed(tokens, torch.cat([positions, outputs], dim=1), real)
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]  # (B, 1)
-        at = needed.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # (B, N), a row's needed ones,
-        at = torch.where(needed[rows, at], at, at[:, :1])  # and where it has fewer than N, its first over again
+        # (B, N) a row's needed positions; where it has fewer than N, its first again
+        at = needed.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+        at = torch.where(needed[rows, at], at, at[:, :1])
         cos, sin = (z.expand(len(tokens), -1, -1)[rows, at] for z in (cos, sin))  # (B, N, E)
 
         def memory(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
+            keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)
             return keys, values
 
         chosen = needed.cumsum(1).gather(1, outputs) - 1  # (B, K), indices among the N
@@ -266,7 +266,7 @@ class Cached:
 
     def _needed(self, tokens: Tensor, asked: Tensor, real: Tensor) -> tuple[Tensor, int]:
         """(B, L) bool, what to compute anew, and the most of a row. A new batch begins with nothing kept."""
-        needed, new = torch.zeros_like(real).scatter(1, asked, True), True
+        needed, new, count = torch.zeros_like(real).scatter(1, asked, True), True, 0
         if (tokens.shape, tokens.device) == (self.tokens.shape, self.tokens.device):
             changed = tokens != self.tokens
             needed |= changed
@@ -276,6 +276,7 @@ class Cached:
         if new:
             c, weight = self.model.config, self.model.embed.weight
             sizes = len(tokens), c.kv_heads, tokens.shape[1], c.width // c.heads
+            self.kept = []  # frees the last batch's memory before this one's is taken
             self.kept = [(weight.new_zeros(sizes), weight.new_zeros(sizes)) for _ in self.model.layers]
             self.calls, self.first, self.fixed = 0, tokens.clone(), tokens != c.mask_id
         whole = self.calls % self.refresh == 0
@@ -365,13 +366,12 @@ def save(model: MDLM, path: str | os.PathLike) -> None:
     """Write `model.safetensors` and `config.json` into folder `path`, the config last, each atomically."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
     # Not save_file, whose files only their owner can read.
-    (folder / "model.safetensors.part").write_bytes(to_bytes(weights, metadata={"format": "pt"}))
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-    config = {"model_type": "mdlm", **asdict(model.config)}
-    (folder / "config.json.part").write_text(json.dumps(config, indent=1))
-    os.replace(folder / "config.json.part", folder / "config.json")
+    weights = to_bytes({k: v.contiguous() for k, v in model.state_dict().items()}, metadata={"format": "pt"})
+    config = json.dumps({"model_type": "mdlm", **asdict(model.config)}, indent=1).encode()
+    for name, data in (("model.safetensors", weights), ("config.json", config)):
+        (folder / f"{name}.part").write_bytes(data)
+        os.replace(folder / f"{name}.part", folder / name)
 
 
 def load(
@@ -398,7 +398,7 @@ def load(
     for file in _open_weights(Path(path), {name: list(model.get_parameter(ours[name]).shape) for name in ours}):
         with file:
             for name in file.keys():  # noqa: SIM118, such a file is no mapping
-                state[ours[name]] = file.get_tensor(name).to(device, dtype, copy=True)
+                state[ours[name]] = file.get_tensor(name).to(device, dtype, copy=True)  # out of the mapped file
     model.load_state_dict(state, assign=True)
     return model.eval(), config
 
@@ -478,8 +478,9 @@ class TextCodec:
         if missing := sorted(control - vocabulary.keys()):
             raise ValueError(f"it has no token {missing[0]}; is it of another model?")
         self._control = {token: vocabulary[token] for token in control}
-        tokenizer.add_special_tokens(sorted(control))  # they are there; now surely special, and with the next line
-        tokenizer.encode_special_tokens = True  # never read from plain text
+        # These tokens exist; here they surely become special, and are never read from plain text.
+        tokenizer.add_special_tokens(sorted(control))
+        tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
@@ -531,8 +532,8 @@ def _dream_tokenizer(folder: Path) -> Tokenizer:
     added = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     tokenizer = Tokenizer(BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = NFC()
-    to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = InSequence([Split(Regex(_PIECES), "isolated"), to_bytes])
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = InSequence([Split(Regex(_PIECES), "isolated"), byte_level])
     for i in sorted(added, key=int):
         tokenizer.add_tokens([AddedToken(**added[i])])
         if tokenizer.token_to_id(added[i]["content"]) != int(i):
@@ -542,8 +543,9 @@ def _dream_tokenizer(folder: Path) -> Tokenizer:
 
 def _token_bytes(tokenizer: Tokenizer, config: ModelConfig) -> list[bytes]:
     """The bytes of each id (V): GPT-2's byte alphabet undone, special tokens empty, other added tokens as UTF-8."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves, the others
-    others = [b for b in range(256) if b not in printable]  # for the characters from U+0100 on
+    # GPT-2 writes these bytes as themselves, the others as the characters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
     alphabet = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     text, added = tokenizer.get_vocab(with_added_tokens=False), tokenizer.get_added_tokens_decoder()
     if not text.keys() >= alphabet.keys():

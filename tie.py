@@ -5,7 +5,9 @@ by how stable and confident its answer tokens are; the best one is relayed to al
 
 Glossary: name here -> symbol, equation or section of the paper
     members, M             constituent models, m = 1..M
+    Run, Reading           one model at work on its T_m; what is kept of one of its forwards
     interval, n            ensemble interval: steps that every model decodes alone between two relays (Sec. 4.1)
+    step, t; T             one denoising step; their number over a whole decoding by one model
     Canvas                 T_m, a trajectory: the partly denoised sequence prompt | reasoning | suffix | answer
     relevant               A_m^(t), the answer-relevant positions of model m at step t (App. A.4)
     commit                 low-confidence remasking (Sec. 5.1); top_k and threshold: acceleration (Sec. 5.3)
@@ -18,15 +20,15 @@ Glossary: name here -> symbol, equation or section of the paper
     translate              relay between different vocabularies, ours
 
 "Our decision" marks what the paper leaves open and we had to settle.
-Shapes: B rows (questions), L positions, W of the block, A of the answer, w of these in the answer window, K = W + w
-that are read, V vocabulary, n steps.
+Shapes: B rows (questions), L positions, W of the block, A of the answer (the set A^(t) is of these), w of these in the
+answer window, K = W + w that are read, V vocabulary, n steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations, groupby
+from itertools import combinations, groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,12 +43,17 @@ SCORES = ("token_change_count", "top1_probability", "negative_entropy", "probabi
 SELECTIONS = ("lowest_tcc", "best_model", "most_selected")
 
 
+def _require(good: Any, message: str) -> None:
+    if not good:
+        raise ValueError(message)
+
+
 # --- members, settings, the sequence (Sec. 4.1, 5.1, App. A.4) ------------------------------------------
 
 
 class Codec(Protocol):
     """A vocabulary. `encode` adds nothing (no [CLS], no EOS) and loses nothing (no [UNK], no lower case, no stripped
-    blank); `decode` gives the raw bytes of each token in turn, since one token may hold part of a character."""
+    blank); `decode` gives the tokens' raw bytes, joined, since one token may hold part of a character."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> bytes: ...
@@ -75,11 +82,11 @@ class Config:
     """Settings of one decoding; the defaults are the paper's for mathematics. At most one of `top_k`, `threshold` and
     `commit` says which tokens a step commits. ValueError on values that make no sense."""
 
-    interval: int = 16  # n; the paper has 32 elsewhere with token change count, which compares nothing at n = 1
+    interval: int = 16  # n; the paper takes 32 with token change count elsewhere; at n = 1 that compares nothing
     block_size: int = 16  # W, of semi-autoregressive decoding
     score: str = "token_change_count"  # one of SCORES
     cross_model: bool = True  # logit scores: mean over all models (Eq. 8), or the source model alone
-    normalize: bool = True  # token change count: Eq. 7, or Eq. 5, in the final selection too (our decision)
+    normalize: bool = True  # token change count by Eq. 7, or else Eq. 5; so in the final selection too (our decision)
     top_k: int = 1  # tokens committed a step,
     threshold: float | None = None  # or tau: every token of the block above it (Sec. 5.3),
     commit: CommitRule | None = None  # or a rule of the caller's own, called once a step of each member
@@ -90,19 +97,22 @@ class Config:
     def __post_init__(self):
         for name in ("interval", "block_size", "top_k", "answer_window"):
             value = getattr(self, name)
-            if not (type(value) is int and 0 < value < 2**31) and (name, value) != ("answer_window", None):
-                raise ValueError(f"{name} must be a whole number of at least 1, below 2**31, not {value!r}")
-        flags = {"cross_model": (True, False), "normalize": (True, False)}
-        for name, choices in {"score": SCORES, "selection": SELECTIONS, **flags}.items():
+            good = (type(value) is int and 0 < value < 2**31) or (name == "answer_window" and value is None)
+            _require(good, f"{name} must be a whole number of at least 1, below 2**31, not {value!r}")
+        for name, choices in (("score", SCORES), ("selection", SELECTIONS)):
             value = getattr(self, name)
-            if type(value) is not type(choices[0]) or value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        if self.threshold is not None and not (type(self.threshold) in (int, float) and 0 < self.threshold <= 1):
-            raise ValueError(f"threshold must be a number in (0, 1], not {self.threshold!r}")
-        if self.commit is not None and not callable(self.commit):
-            raise ValueError(f"commit must be a function of a Reading, not {self.commit!r}")
-        if (self.top_k != 1) + (self.threshold is not None) + (self.commit is not None) > 1:
-            raise ValueError("top_k, threshold and commit exclude each other: give one of them")
+            good = type(value) is str and value in choices
+            _require(good, f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        for name in ("cross_model", "normalize"):
+            value = getattr(self, name)
+            _require(type(value) is bool, f"{name} must be one of True, False, not {value!r}")
+        tau = self.threshold
+        good = tau is None or (type(tau) in (int, float) and 0 < tau <= 1)
+        _require(good, f"threshold must be a number in (0, 1], not {tau!r}")
+        good = self.commit is None or callable(self.commit)
+        _require(good, f"commit must be a function of a Reading, not {self.commit!r}")
+        given = (self.top_k != 1) + (tau is not None) + (self.commit is not None)
+        _require(given <= 1, "top_k, threshold and commit exclude each other: give one of them")
 
     @property
     def rule(self) -> CommitRule | None:
@@ -130,20 +140,21 @@ class Canvas:
         *, mask_id: int, pad_id: int, device: torch.device | str | None = None,
     ) -> Canvas:  # fmt: skip
         """Left-padded prompts, masked reasoning, suffix, masked answer. ValueError where there is nothing to decode."""
-        _require(len(prompts) > 0, "no prompts: give at least one")
+        good = len(prompts) > 0 and not any(isinstance(prompt, int) for prompt in prompts)
+        _require(good, "prompts must be a list of at least one prompt, each a list of ids")
         lengths = (reasoning_length, answer_length)
         _require(min(lengths) >= 0 and any(lengths), f"nothing to decode: reasoning and answer have lengths {lengths}")
         width = max(map(len, prompts))
         region = [mask_id] * reasoning_length + list(suffix) + [mask_id] * answer_length
-        rows = [[pad_id] * (width - len(prompt)) + list(prompt) + region for prompt in prompts]
+        pads = [width - len(prompt) for prompt in prompts]
+        rows = [[pad_id] * pad + list(prompt) + region for pad, prompt in zip(pads, prompts)]
         tokens = torch.tensor(rows, dtype=torch.int64, device=device)  # (B, L)
         reasoning = slice(width, width + reasoning_length)
         answer = slice(reasoning.stop + len(suffix), tokens.shape[1])
         masked = torch.zeros_like(tokens, dtype=torch.bool)  # (B, L)
         masked[:, reasoning] = masked[:, answer] = True
-        real = [[False] * (width - len(prompt)) + [True] * (len(prompt) + len(region)) for prompt in prompts]
-        padded = min(map(len, prompts)) < width
-        return cls(tokens, masked, reasoning, answer, torch.tensor(real, device=device) if padded else None)
+        real = [[False] * pad + [True] * (tokens.shape[1] - pad) for pad in pads]
+        return cls(tokens, masked, reasoning, answer, torch.tensor(real, device=device) if any(pads) else None)
 
     @property
     def complete(self) -> Tensor:
@@ -161,7 +172,7 @@ class Result:
     scores: Tensor  # (relays, M, B) float32, -inf without answer-relevant tokens, or where the row had ended
     tcc: Tensor  # (M, B) float32, C~ over the whole decoding; C without `normalize`
     top1: Tensor  # (M, B) float32, mean top-1 probability at each model's most recent step with a non-empty A
-    forwards: float  # sequences forwarded per row by all: M * T and the assessments', within one vocabulary
+    forwards: float  # sequences forwarded per row by all members: M * T and the assessments', in one vocabulary
     not_relayed: int  # (row, receiver) pairs that kept their own state, since the leader's text did not fit
 
 
@@ -176,11 +187,12 @@ def ensemble(
     """TIE: decode the same questions with all members, one canvas each on its member's device, relaying every n steps.
 
     Rows are independent: each has its own leader and its own end, and decodes as it would alone. Once any member has
-    completed a row, or the row has taken twice the steps of a member alone, it is relayed no more: the others finish
-    it alone, and all M stand for selection. n >= T is the post-generation ensemble (Table 3), M = 1 plain decoding.
+    completed a row, or the row has taken twice the steps that the slowest member needs alone, it is relayed no more:
+    the others finish it alone, and all M stand for selection. n >= T is the post-generation ensemble (Table 3), M = 1
+    plain decoding.
 
     `on_round` is called at the end of every round, before its relay, with copies: {"round", "step", "tokens" and
-    "masked" (lists of M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed}. The last has no relay.
+    "masked" (lists of M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed, as after the last round}.
 
     ValueError on what does not fit together, on NaN among the logits used, and on a codec that loses text.
     """
@@ -191,7 +203,7 @@ def ensemble(
     # A relay between vocabularies can give masks back, for ever without this limit (our decision).
     limit = 2 * stack_on(device, [steps_left(run.canvas, run.block_ends, config.top_k) for run in runs]).amax(0)
     ended = torch.full_like(limit, len(runs) == 1, dtype=torch.bool)  # (B,) no more relays, as at `limit` (B,) steps
-    leaders, all_scores = limit.new_zeros(0, len(limit)), torch.zeros(0, len(runs), len(limit), device=device)
+    leaders, all_scores = limit.new_zeros(0, len(limit)), limit.new_zeros(0, len(runs), len(limit)).float()
     step = not_relayed = 0
     while not all(run.canvas.complete.all() for run in runs):
         step += generate(runs)  # Sec. 4.1
@@ -204,9 +216,9 @@ def ensemble(
         leader = lead(scores, top1).masked_fill(ended, -1)  # Sec. 4.3, Eq. 9
         scores = scores.masked_fill(ended, UNSCORED)
         if on_round is not None:
-            state = {name: [getattr(run.canvas, name).clone() for run in runs] for name in ("tokens", "masked")}
-            rounds = {"round": (step - 1) // config.interval, "step": step}
-            on_round({**rounds, **state, "scores": scores.clone(), "leader": leader.clone()})
+            tokens, masked = ([getattr(run.canvas, x).clone() for run in runs] for x in ("tokens", "masked"))
+            state = {"round": (step - 1) // config.interval, "step": step, "tokens": tokens, "masked": masked}
+            on_round({**state, "scores": scores.clone(), "leader": leader.clone()})
         if received:
             leaders, all_scores = torch.cat([leaders, leader[None]]), torch.cat([all_scores, scores[None]])
             not_relayed += relay(runs, received, readings, leader)  # Eq. 10
@@ -215,6 +227,7 @@ def ensemble(
 
 def decode(member: Member, canvas: Canvas, config: Config = Config()) -> Canvas:
     """Plain semi-autoregressive decoding by one member, with the block size and the commit rule of `config`."""
+    # best_model may name another member of the ensemble that this config is for.
     config = replace(config, best_model=0) if isinstance(config, Config) else config
     return ensemble([member], [canvas], config).candidates[0]
 
@@ -227,7 +240,7 @@ class Reading(NamedTuple):
 
     member: int  # index of the model, for rules that remember earlier steps
     mask_id: int
-    positions: Tensor  # (B, W) int64, a window around the current block of each row
+    positions: Tensor  # (B, W) int64, a window that holds the current block of each row
     masked: Tensor  # (B, W) bool, the masked positions of the block: only these may be committed
     token: Tensor  # (B, W) int64, their top-1
     confidence: Tensor  # (B, W) float32, its probability; -1 where nothing may be committed
@@ -261,11 +274,11 @@ class Run:
         self.block_ends = block_ends(canvas, config.block_size)  # (L,)
         self.window = 0 if alone else config.answer_window  # an ensemble of one has no use for scores
         zero = torch.zeros_like(canvas.tokens[:, 0])  # (B,)
-        self.history: list[Reading] = []  # of this round, behind the one before it where no relay has ended it
+        self.history: list[Reading] = []  # this round's, after the last of the one before; a relay empties that one's A
         self.next: Reading | None = None  # the next step's forward, where the assessment has made it
-        self.tcc = zero.double() + (torch.nan if alone else 0)  # (B,) C~ over the whole decoding: of the model's own
-        self.compared = zero.bool()  # (B,) rounds, not of the relayed sequence; does a comparison stand behind it?
-        self.top1 = zero + UNSCORED  # (B,) mean top-1 probability at the most recent step with a non-empty A
+        # C~ over the whole decoding, of the model's own steps, not of the relayed sequence; whether any was compared
+        self.tcc, self.compared = zero.double() + (torch.nan if alone else 0), zero.bool()  # (B,)
+        self.top1 = zero.float() + UNSCORED  # (B,) mean top-1 probability at the most recent step with a non-empty A
         self.forwards = zero  # (B,)
         self.vocab_size = 0  # V, once the member has given logits
 
@@ -276,7 +289,7 @@ class Run:
             reading = self.read(self.canvas)
             self.forwards = self.forwards + reading.masked.any(1)
         self.canvas, self.next = commit(self.canvas, reading, self.config), None
-        self.history.append(reading._replace(logits=reading.logits[:, :, :0]))
+        self.history.append(reading._replace(logits=reading.logits[:, :, :0].clone()))  # a view would keep all logits
 
     def read(self, canvas: Canvas, scored: bool = False) -> Reading:
         """Forward `canvas` through the member, with logits at the current block and the answer window only; `scored`:
@@ -304,8 +317,8 @@ class Run:
         return Reading(
             member=self.index, mask_id=mask_id,
             positions=block, masked=masked, token=token[:, :W], confidence=probability[:, :W].masked_fill(~masked, -1),
-            # A copy, since some models write the next logits into the same memory.
-            logits=logits[:, :W].clone() if self.config.commit else logits[:, :W, :0],
+            # Never a view: some models write the next logits into the same memory, and it would keep all of these.
+            logits=logits[:, :W, : logits.shape[2] if self.config.commit else 0].clone(),
             answer_top1=answer.scatter(1, window, answer_top1),
             relevant=torch.zeros_like(undecided).scatter(1, window, relevant),
             top1=top1, score=score, nan=nan,
@@ -337,18 +350,19 @@ class Run:
 
 def generate(runs: list[Run]) -> int:
     """Trajectory generation (Sec. 4.1): every model decodes alone for n steps, or to its end. Returns the steps made.
-    With top_k nothing in here waits for a device, so members on different devices overlap. Otherwise the number of
-    steps depends on the data: the host asks once a step which members still have masks."""
+    With top_k the loop never waits for a device, so members on different devices overlap. Otherwise the number of steps
+    depends on the data: each member is asked once a step whether it still has masks."""
     config = runs[0].config
     left = [int(steps_left(run.canvas, run.block_ends, config.top_k).max()) for run in runs]
+    ask = config.threshold is not None or config.commit is not None  # then `left` is only the most that can be left
     for step in range(config.interval):
-        if config.threshold is not None or config.commit is not None:
-            left = [step + int(run.canvas.masked.any()) for run in runs]
-        if step >= max(left):
-            return step
-        for run, steps in zip(runs, left):
-            if step < steps:
+        stepped = False
+        for run, most in zip(runs, left):
+            if step < most and (not ask or run.canvas.masked.any()):  # asked one by one, so no model waits for another
                 run.step()
+                stepped = True
+        if not stepped:
+            return step
     return config.interval
 
 
@@ -366,9 +380,9 @@ def predict(logits: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
 
 
 def in_parts(logits: Tensor) -> Sequence[Tensor]:
-    """Logits (B, K, V) a few positions at a time, (b, V): what fits a processor's cache takes half as long as a copy of
-    all logits, and an accelerator, which wants few launches, is spared a copy of them in float32."""
-    at_once = 2**20 if logits.device.type == "cpu" else 2**24  # numbers
+    """Logits (B, K, V) a few positions at a time, (b, V). Small parts stay in a processor's cache, which halves the
+    time; larger ones keep an accelerator's launches few, and still spare it a copy of all logits in float32."""
+    at_once = 2**20 if logits.device.type == "cpu" else 2**24  # logits
     return logits.flatten(0, 1).split(max(1, at_once // logits.shape[-1]))
 
 
@@ -400,7 +414,7 @@ def block_ends(canvas: Canvas, block_size: int) -> Tensor:
 
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """W positions (B, W) that hold each row's first block with a mask, so reasoning before the answer (Sec. 4.1), and
-    which of them are its masks. The window ends with the block, or begins the row where there is no room for that."""
+    which of them are its masks. They end where the block ends, or are the first W of the row."""
     end = ends[canvas.masked.int().argmax(1)][:, None]  # (B, 1)
     width = min(block_size, canvas.tokens.shape[1])
     positions = (end - width).clamp(min=0) + torch.arange(width, device=end.device)  # (B, W)
@@ -421,8 +435,8 @@ def token_change_count(top1_tokens: Tensor, relevant: Tensor, normalize: bool = 
     """(B,) float64: how often the top-1 of an answer-relevant token changed between two steps. Eq. 5, or Eq. 7.
 
     top1_tokens (n, B, A) int64: top-1 at each step, or the token itself once committed, which is no change;
-    relevant (n, B, A) bool: A^(t). n steps give n - 1 comparisons; a step with an empty A^(t) adds nothing. In float64,
-    so that equal sums of fractions compare as equal: ties are frequent, and have a rule of their own."""
+    relevant (n, B, A) bool: A^(t). n steps give n - 1 comparisons; a step with an empty A^(t) adds nothing. Summed in
+    float64 and compared in float32, so that equal sums of fractions tie; ties are frequent and have their own rule."""
     changes = ((top1_tokens[1:] != top1_tokens[:-1]) & relevant[:-1]).sum(-1).double()  # (n - 1, B)
     return (changes / relevant[:-1].sum(-1).clamp(min=1) if normalize else changes).sum(0)
 
@@ -444,8 +458,9 @@ def margin(logits: Tensor, mask_id: int) -> Tensor:
     return torch.cat(values).view(logits.shape[:2])
 
 
-LOGIT_SCORES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {  # f at each position (B, K), higher is surer, of
-    "top1_probability": lambda probability, logits, mask_id: probability,  # top-1 probability (B, K), logits (B, K, V)
+# (top-1 probability (B, K), logits (B, K, V), mask_id) -> f at each position (B, K); higher is surer
+LOGIT_SCORES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "top1_probability": lambda probability, logits, mask_id: probability,
     "negative_entropy": lambda probability, logits, mask_id: -entropy(logits),
     "probability_margin": lambda probability, logits, mask_id: margin(logits, mask_id),
 }
@@ -459,8 +474,8 @@ def mean_over(values: Tensor, where: Tensor, dim: int = -1) -> Tensor:
 
 def assess(runs: list[Run], received: list[list[Received]], ended: Tensor) -> tuple[Tensor, list[list[Reading]]]:
     """Scores (M, B) of all trajectories by a logit score, Eq. 8, and readings[r][m], by model r of m's state.
-    The forwards of the leader's state are every model's first of the next round, so that a round costs M * (M - 1)
-    more; M more when each model reads its own state alone, since the others' next forward is then still to be made."""
+    A round costs M * (M - 1) extra forwards: those of the leader's state are every model's first of the next round.
+    Without cross_model it costs M, of which none is used again."""
     f, readings, cross_model = [], [], runs[0].config.cross_model
     for r, run in enumerate(runs):
         states = received[r] if cross_model else received[r][r : r + 1]
@@ -477,6 +492,9 @@ def assess(runs: list[Run], received: list[list[Received]], ended: Tensor) -> tu
     return mean_over(cross, cross > UNSCORED, dim=0), readings  # our decision: over the models whose A is not empty
 
 
+# --- trajectory relay (Sec. 4.3) and final response (Sec. 4.4, App. D) ------------------------------------
+
+
 def lead(scores: Tensor, top1: Tensor) -> Tensor:
     """(B,) m* = argmax over members of scores (M, B), Eq. 9. Ties (our decision): the higher mean top-1 probability
     of the source model, top1 (M, B), at its most recent step with a non-empty A; then the lower index."""
@@ -485,15 +503,14 @@ def lead(scores: Tensor, top1: Tensor) -> Tensor:
     return (best & (top1 == top1.amax(0))).int().argmax(0)
 
 
-# --- trajectory relay (Sec. 4.3) and final response (Sec. 4.4, App. D) ------------------------------------
-
 def receive(receiver: Run, sender: Run) -> Received:
     """The sender's state in the receiver's vocabulary. Where it does not fit, the receiver keeps its own."""
     own, sent = receiver.canvas, sender.canvas
     if sender.member.codec is not receiver.member.codec:
         return translate(sent, sender.member, own, receiver.member, receiver.vocab_size)
     names, sizes = f"{receiver.member} and {sender.member}", (receiver.vocab_size, sender.vocab_size)
-    _require(sizes[0] == sizes[1], f"{names} give logits over {sizes[0]} and {sizes[1]} tokens: give each its codec")
+    alike = sizes[0] == sizes[1]
+    _require(alike, f"{names} give logits over {sizes[0]} and {sizes[1]} tokens: give each a codec of its own")
     tokens = own.tokens.clone()
     for region in (own.reasoning, own.answer):  # prompt and suffix stay the receiver's
         tokens[:, region] = sent.tokens[:, region].to(tokens.device)
@@ -511,7 +528,8 @@ def relay(runs: list[Run], received: list[list[Received]], readings: list[list[R
         tokens, masked, fits = row_by_row(states, source)
         run.canvas = replace(run.canvas, tokens=tokens, masked=masked)
         if readings:
-            run.next = Reading(r, run.member.mask_id, *row_by_row([reading[2:] for reading in readings[r]], source))
+            rows = row_by_row([reading[2:] for reading in readings[r]], source)  # member and mask_id have no rows
+            run.next = Reading(r, run.member.mask_id, *rows)
         kept = (leader < 0).to(source.device)[:, None]  # (B, 1), a relay ends the history
         run.history = [last._replace(relevant=last.relevant & kept) for last in run.history]
         not_relayed += int((~fits).sum())
@@ -537,9 +555,10 @@ def select(config: Config, stability: Tensor, top1: Tensor, leaders: Tensor) -> 
 
 def respond(runs: list[Run], leaders: Tensor, scores: Tensor, not_relayed: int) -> Result:
     """The final response (Sec. 4.4) and the record of how it came about, leaders (relays, B), scores (relays, M, B)."""
-    tcc, top1 = (stack_on(leaders.device, [getattr(run, x).float() for run in runs]) for x in ("tcc", "top1"))  # (M, B)
-    stability = (-tcc).masked_fill(~stack_on(leaders.device, [run.compared for run in runs]), UNSCORED)  # (M, B)
-    winner = select(runs[0].config, stability, top1, leaders)
+    tcc = stack_on(leaders.device, [run.tcc.float() for run in runs])  # (M, B)
+    top1 = stack_on(leaders.device, [run.top1 for run in runs])  # (M, B)
+    compared = stack_on(leaders.device, [run.compared for run in runs])  # (M, B)
+    winner = select(runs[0].config, (-tcc).masked_fill(~compared, UNSCORED), top1, leaders)
     forwards = sum(float(run.forwards.sum()) for run in runs) / len(winner)
     return Result([run.canvas for run in runs], winner, leaders, scores, tcc, top1, forwards, not_relayed)
 
@@ -565,9 +584,10 @@ def translate(sent: Canvas, sender: Member, own: Canvas, receiver: Member, vocab
         state = [None if hole else i for i, hole in zip(ids, holes)]
         new = [translate_region(state[at], sender, receiver, to.stop - to.start, vocab_size) for at, to in regions]
         fits.append(None not in new)
-        for (_, to), region in zip(regions, new) if fits[b] else ():
-            tokens[b][to] = [receiver.mask_id if i is None else i for i in region or ()]
-            masked[b][to] = [i is None for i in region or ()]
+        for (_, to), region in zip(regions, new):
+            if fits[b] and region is not None:
+                tokens[b][to] = [receiver.mask_id if i is None else i for i in region]
+                masked[b][to] = [i is None for i in region]
     new_tokens, new_masked, fit = (torch.tensor(x, device=own.tokens.device) for x in (tokens, masked, fits))
     return replace(own, tokens=new_tokens, masked=new_masked), fit
 
@@ -579,7 +599,7 @@ def translate_region(
     new: list[int | None] = []
     for kind, run in groupby(spell(ids, sender), key=type):
         if kind is bytes:
-            new += encode(b"".join(run).decode(), receiver, vocab_size)  # type: ignore[arg-type]
+            new += encode_exactly(b"".join(run).decode(), receiver, vocab_size)  # type: ignore[arg-type]
         else:
             new += [None if unit is None else receiver.eos_ids[0] for unit in run]
     rest = None if not ids or ids[-1] is None else receiver.eos_ids[0]  # what the end of the region holds
@@ -604,41 +624,38 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
             b"".join(parted).decode()
             return units
         except UnicodeDecodeError as error:
-            ends = accumulate(map(len, parted))
-            hits = [error.start < end and end - len(part) < error.end and part for part, end in zip(parted, ends)]
-            units = [None if hit else unit for hit, unit in zip(hits, units)]
+            owner = [k for k, part in enumerate(parted) for _ in part]  # the unit that each byte is of
+            broken = set(owner[error.start : error.end])
+            units = [None if k in broken else unit for k, unit in enumerate(units)]
 
 
-def encode(text: str, member: Member, vocab_size: int | None) -> list[int]:
+def encode_exactly(text: str, member: Member, vocab_size: int | None) -> list[int]:
     """Ids of exactly this text; ValueError where the codec adds to it or loses of it."""
     codec: Any = member.codec
     ids, special = codec.encode(text), {member.mask_id, *member.eos_ids}
     good = isinstance(ids, list) and all(type(i) is int and 0 <= i < (vocab_size or i + 1) for i in ids)
     good = good and not special & set(ids)
-    _require(good, f"{member}: its codec's encode must give a list of ids, no mask, EOS or id beyond, not {ids!r:.40}")
+    wanted = "a list of ids within the vocabulary, none of them mask or EOS"
+    _require(good, f"{member}: its codec's encode must give {wanted}, not {ids!r:.40}")
     pieces = {i: codec.decode([i]) for i in set(ids)}
     good = all(pieces.values()) and b"".join(pieces[i] for i in ids) == text.encode()
-    _require(good, f"{member}: its codec's encode must neither add to a text nor lose of it, as of {text!r:.40}")
+    _require(good, f"{member}: its codec's encode must neither add to a text nor lose any, as of {text!r:.40}")
     return ids
 
 
 # --- checks -------------------------------------------------------------------------------------------------
 
 
-def _require(good: Any, message: str) -> None:
-    if not good:
-        raise ValueError(message)
-
-
 def _check(members: list[Member], canvases: list[Canvas], config: Config) -> None:
     """ValueError, before any forward, on what does not fit together."""
     M, C = len(members), len(canvases)
     _require(isinstance(config, Config), f"config must be a tie.Config, not {type(config).__name__}")
-    _require(0 < M == C, f"{M} members, {C} canvases: give at least one member, a canvas each")
+    _require(0 < M == C, f"{M} members, {C} canvases: give at least one member, and a canvas for each")
     best = config.best_model
     _require(type(best) is int and 0 <= best < M, f"best_model {best!r} names no member: give the index of one of {M}")
     for member, canvas in zip(members, canvases):
-        _require(isinstance(member, Member) and callable(member.denoise), f"{member} is no tie.Member with a function")
+        good = isinstance(member, Member) and callable(member.denoise)
+        _require(good, f"{member} must be a tie.Member whose denoise is a function")
         ids, given = (member.mask_id, *member.eos_ids), f"not {member.mask_id!r} and {member.eos_id!r}"
         good = len(ids) > 1 and all(hasattr(i, "__index__") for i in ids) and member.mask_id not in member.eos_ids
         _require(good, f"{member}: mask_id must be an id, eos_id another or a tuple of others, {given}")
@@ -650,7 +667,7 @@ def _check(members: list[Member], canvases: list[Canvas], config: Config) -> Non
             alike = (x.tokens.shape, x.reasoning, x.answer) == (y.tokens.shape, y.reasoning, y.answer)
             _require(alike, f"{a} and {b} share a vocabulary: give their canvases the same layout")
             alike = a.mask_id == b.mask_id and {*a.eos_ids} == {*b.eos_ids}
-            _require(alike, f"{a} and {b} share a vocabulary, but not mask_id and eos_id: give each its codec")
+            _require(alike, f"{a} and {b} share a vocabulary, but not mask_id and eos_id: give each a codec of its own")
 
 
 def _check_canvas(member: Member, canvas: Canvas) -> None:
@@ -661,7 +678,7 @@ def _check_canvas(member: Member, canvas: Canvas) -> None:
     real = canvas.masked if canvas.attention_mask is None else canvas.attention_mask  # (B, L)
     good = all((x.shape, x.dtype, x.device) == (shape, torch.bool, tokens.device) for x in (canvas.masked, real))
     _require(good, f"{member}: canvas masked and attention_mask must be {shape} bool on {tokens.device}, as its tokens")
-    bounds = [0, *(bound for region in regions for bound in (region.start, region.stop)), shape[1]]
+    bounds: list[Any] = [0, *(getattr(region, end, None) for region in regions for end in ("start", "stop")), shape[1]]
     good = all(type(bound) is int for bound in bounds) and bounds == sorted(bounds) and not any(r.step for r in regions)
     _require(good, f"{member}: reasoning, then answer, must be slices with start and stop, no step, within {shape[1]}")
     outside = canvas.masked.clone()

@@ -66,6 +66,7 @@ Job = Callable[[], Any]
 
 def build(shape: str, device: str) -> tie.Member:
     """A member with random weights; float32 on a CPU, bfloat16 on CUDA."""
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)  # no copy of 8B weights in float32
     with torch.device(device):
         if shape == "toy":
             model = train_toy.build(train_toy.Settings())
@@ -73,8 +74,8 @@ def build(shape: str, device: str) -> tie.Member:
             V = SHAPES[shape]["vocab_size"]
             ids = {"mask_id": V - 1, "eos_id": V - 2, "pad_id": V - 2}
             model = mdlm.MDLM(mdlm.ModelConfig(**SHAPES[shape], **ids, max_length=4096))
-    model = model.to(torch.float32 if device == "cpu" else torch.bfloat16).eval()
-    return tie.Member(model, model.config.mask_id, model.config.eos_id)
+    torch.set_default_dtype(torch.float32)
+    return tie.Member(model.eval(), model.config.mask_id, model.config.eos_id)
 
 
 def blank(member: tie.Member, layout: tuple[int, ...], batch: int, device: str, steps: int = 0) -> tie.Canvas:
@@ -124,7 +125,7 @@ class Bench:
 
     device: str
     repeats: int
-    batches: list[int] | None  # of part a; None: the usual ones
+    batches: list[int] | None  # of parts a and g; None: the usual ones
     shapes: list[str]
     quiet: bool
     members: dict[str, list[tie.Member]] = field(default_factory=dict)
@@ -143,7 +144,8 @@ class Bench:
 
     def cases(self, *batches: int) -> list[tuple[str, int]]:
         """Of parts b and g: "small", and the shapes asked for but the toy, at each batch size."""
-        return [(shape, batch) for shape in dict.fromkeys(["small", *self.shapes]) if shape != "toy" for batch in batches]
+        shapes = dict.fromkeys(["small", *self.shapes])
+        return [(shape, batch) for shape in shapes if shape != "toy" for batch in batches]
 
     def seconds(self, job: Job) -> float:
         if self.device != "cpu":
@@ -237,7 +239,7 @@ def one_step(member: tie.Member, device: str, batch: int, length: int) -> dict[s
 
 @torch.no_grad()
 def peak_memory(shape: str, device: str, way: str, batch: int, length: int) -> float:
-    """MiB of one step beside the loaded model: by how much it raises the peak of this process, so one call a process."""
+    """MiB of one step beside the loaded model: how much it raises the peak of this process, so one call a process."""
     member = build(shape, device)
     first = torch.zeros(1, 1, dtype=torch.int64, device=device)
     member.denoise(first, first, None)  # libraries and their workspaces belong to the base
@@ -387,7 +389,7 @@ def public_steps(member: tie.Member, canvas: tie.Canvas, steps: int, block_size:
 
 def cache(bench: Bench, n: int = 16) -> None:
     """g. Two members against themselves, and against one of them under a public sampler."""
-    for shape, batch in bench.cases(1, 4):
+    for shape, batch in bench.cases(*bench.batches or (1, 4)):
         members, _, config = bench.case(shape, batch)
         canvas = blank(members[0], (80, 264, 8, 32), batch, bench.device)
         begun = slice(canvas.reasoning.start, canvas.reasoning.stop - 40)  # so that a block of 16 comes next
@@ -398,7 +400,8 @@ def cache(bench: Bench, n: int = 16) -> None:
             "public": partial(public_steps, members[0], canvas, n, config.block_size),
         }
         times, where = bench.interleave(jobs), f"g  {shape}, batch {batch}"
-        bench.show(f"{where}: TIE, cached / TIE", over(times["cached"], times["exact"]), note=bench.note(times["cached"]))
+        note = bench.note(times["cached"])
+        bench.show(f"{where}: TIE, cached / TIE", over(times["cached"], times["exact"]), note=note)
         bar = (0, 0.45) if shape == "small" else None
         bench.show(f"{where}: TIE, cached / public sampler, one model", over(times["cached"], times["public"]), bar)
         bench.show(f"{where}: TIE, exact / public sampler, one model", over(times["exact"], times["public"]))
@@ -423,7 +426,7 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (all)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["toy", "wide"], help="models (toy wide)")
-    parser.add_argument("--batches", nargs="+", type=natural, help="of part a (1 16 64, wide 1 16; on CUDA 1 8)")
+    parser.add_argument("--batches", nargs="+", type=natural, help="of a (1 16 64, wide 1 16; CUDA 1 8) and g (1 4)")
     parser.add_argument("--repeats", type=natural, default=5, help="runs of each (5)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="float32 on cpu, bfloat16 on cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -1,6 +1,7 @@
 """mdlm.Cached against a slow cache that computes one position of one row at a time, and as a member of an ensemble."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,8 @@ class SlowCache:
                 keys[p] = turn(block.k(y[p]).view(-1, E), numbers[p], c.rope_theta)
                 values[p] = block.v(y[p]).view(-1, E)
             seen = [p for p in range(len(self.tokens)) if self.real[p]]
-            k, v = (torch.stack([z[p] for p in seen]).repeat_interleave(c.heads // c.kv_heads, 1) for z in (keys, values))
+            k, v = (torch.stack([z[p] for p in seen]) for z in (keys, values))
+            k, v = (z.repeat_interleave(c.heads // c.kv_heads, 1) for z in (k, v))
             for p in at:
                 q = turn(block.q(y[p]).view(-1, E), numbers[p], c.rope_theta)  # (H, E)
                 weights = (torch.einsum("he,lhe->hl", q, k) / math.sqrt(E)).softmax(1)
@@ -202,6 +204,26 @@ def test_what_is_kept_outlives_an_inference_mode_and_inputs_stay_as_they_are():
     assert torch.equal(cached.first, before[0])
     assert torch.equal(cached.real, before[1])
     assert not torch.equal(cached.tokens, later)
+
+
+@torch.no_grad()
+def test_under_autocast_it_keeps_what_a_later_call_can_write_to():
+    model, (tokens, real) = build(TOY, 3), start(torch.Generator().manual_seed(3), 2)
+    positions = torch.tensor([[4], [5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = mdlm.Cached(model, refresh=9)(tokens, positions, real), model(tokens, positions, real)
+    torch.testing.assert_close(logits.float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_another_batch_frees_the_last_one_first(monkeypatch):
+    cached, (tokens, real) = mdlm.Cached(build(TOY, 4), refresh=9), start(torch.Generator().manual_seed(4), 2)
+    cached(tokens, tokens[:, :1] * 0 + 5, real)
+    kept, new_zeros = weakref.ref(cached.kept[0][0]), torch.Tensor.new_zeros
+    alive = []
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda *x: alive.append(kept() is not None) or new_zeros(*x))
+    cached(tokens[:1], tokens[:1, :1] * 0 + 5, real[:1])
+    assert alive[0] is False
 
 
 @pytest.mark.parametrize("refresh", [0, -1, 2.0, True, None, "4"])

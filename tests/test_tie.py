@@ -614,9 +614,11 @@ def test_nothing_is_computed_or_kept_that_the_rule_does_not_ask_for(commit, soft
     run = tie.Run(0, problem.members[0], problem.canvases[0], problem.config)
     reading = run.read(run.canvas)
     assert reading.logits.shape == (2, 16, 10 if commit else 0) and reading.nan.shape == (2,)
+    assert reading.logits.untyped_storage().nbytes() == reading.logits.numel() * 4  # no view, which would keep all logits
     assert (reading.confidence[~reading.masked] == -1).all()
     run.step()
     assert run.history[0].logits.shape == (2, 16, 0)
+    assert run.history[0].logits.untyped_storage().nbytes() == 0
 
 
 @pytest.mark.parametrize("vocab, rows", [(50, [6]), (2**18, [4, 2]), (2**20, [1] * 6), (2**21, [1] * 6)])
@@ -714,7 +716,10 @@ def bad_inputs():
                 for one in settings for name, value in one.items())  # fmt: skip
     pairs = combinations([{"top_k": 2}, {"threshold": 0.9}, {"commit": print}], 2)
     yield from (("exclude each other", partial(Config, **a, **b)) for a, b in pairs)
-    for message, prompts, lengths in (("decode", [[1]], (0, 0)), ("decode", [[1]], (-1, 2)), ("prompts", [], (2, 2))):
+    for message, prompts, lengths in (
+        ("decode", [[1]], (0, 0)), ("decode", [[1]], (-1, 2)),
+        ("at least one prompt", [], (2, 2)), ("each a list of ids", [4, 5], (2, 2)),
+    ):  # fmt: skip
         yield message, partial(Canvas.blank, prompts, [], *lengths, mask_id=0, pad_id=1)
     yield "config.*not dict", partial(tie.decode, m0, canvas, {})
     for message, members, canvases, chosen in (
@@ -739,8 +744,8 @@ def bad_inputs():
         ("m1.*id 10", [replace(m1, mask_id=10)], [canvas], config),
         ("m1.*id -1", [replace(m1, mask_id=-1)], [canvas], config),
         ("m1.*id 10", [replace(m1, eos_id=10)], [canvas], config),
-        ("m1.*is no tie.Member", other(denoise=3), [canvas] * 2, config),
-        ("is no tie.Member", [m0, m1.denoise], [canvas] * 2, config),
+        ("m1.*must be a tie.Member", other(denoise=3), [canvas] * 2, config),
+        ("must be a tie.Member", [m0, m1.denoise], [canvas] * 2, config),
         ("m1.*tie.Canvas, not Tensor", [m0, m1], [canvas, canvas.tokens], config),
         ("config.*not dict", [m0, m1], [canvas] * 2, {"interval": 2}),
         ("commit must give ..2, 14., .*float32", [m0, m1], [canvas] * 2, Config(block_size=14, **wrong_rule)),
@@ -751,6 +756,7 @@ def bad_inputs():
          [canvas] * 2, config),
         ("m1.*start and stop", [m1], [replace(canvas, answer=slice(canvas.answer.start, None))], config),
         ("m1.*start and stop", [m1], [replace(canvas, answer=slice(-6, -1))], config),
+        ("m1.*slices with start", [m1], [replace(canvas, reasoning=3)], config),
         ("m1.*no step", [m1], [replace(canvas, answer=slice(canvas.answer.start, canvas.answer.stop, 2))], config),
         ("m1.*padding", [m1], [replace(canvas, attention_mask=~canvas.masked)], config),
         ("m1.*on cpu", [m1], [replace(canvas, masked=canvas.masked.to("meta"))], config),
@@ -768,6 +774,29 @@ def bad_inputs():
         ("m1.*float logits.*int64", other(denoise=lambda x, p, _: torch.eye(10).long()[p % 10]), [canvas] * 2, config),
     ):
         yield message, partial(tie.ensemble, members, canvases, chosen)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_results_are_float32_whatever_the_default_is(score):
+    torch.set_default_dtype(torch.float64)
+    try:
+        result = tie.ensemble(*small([1, 2], interval=3, score=score))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {result.scores.dtype, result.tcc.dtype, result.top1.dtype} == {torch.float32}
+
+
+def test_by_threshold_a_member_is_asked_for_its_masks_only_when_its_turn_comes():
+    """So that a fast member's step is under way while a slow one's is waited for."""
+    members, canvases, config = small([1, 2], interval=3, threshold=0.99)
+    runs, events = [tie.Run(m, *pair, config) for m, pair in enumerate(zip(members, canvases))], []
+    for run in runs:
+        run.step = lambda step=run.step, m=run.index: (events.append(f"step {m}"), step())
+    with HostWaits() as waits:
+        waits.events = events
+        tie.generate(runs)
+    steps = " ".join(events).split("step 0")[1:]
+    assert [part.split()[:3] for part in steps] == [["wait", "step", "1"]] * 3
 
 
 def test_members_may_come_from_a_generator():
