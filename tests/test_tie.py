@@ -614,7 +614,7 @@ def test_nothing_is_computed_or_kept_that_the_rule_does_not_ask_for(commit, soft
     run = tie.Run(0, problem.members[0], problem.canvases[0], problem.config)
     reading = run.read(run.canvas)
     assert reading.logits.shape == (2, 16, 10 if commit else 0) and reading.nan.shape == (2,)
-    assert reading.logits.untyped_storage().nbytes() == reading.logits.numel() * 4  # no view, which would keep all logits
+    assert reading.logits.untyped_storage().nbytes() == reading.logits.nbytes  # no view: it would keep all
     assert (reading.confidence[~reading.masked] == -1).all()
     run.step()
     assert run.history[0].logits.shape == (2, 16, 0)
