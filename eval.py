@@ -22,6 +22,7 @@ import argparse
 import ast
 import copy
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -168,9 +169,9 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(part, path)
 
 
-def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) -> None:
-    """Make the folder and write settings.json; ValueError if records of other settings are there, or of questions or
-    weights with other fingerprints. Fingerprints of members that this call does not name stay."""
+def open_results(folder: Path | None, settings: dict, prints: dict[str, str], free: Sequence[str] = ()) -> None:
+    """Make the folder and write settings.json; ValueError if records of other settings, but for the free ones, are
+    there, or of other fingerprints. Fingerprints of members that this call does not name stay."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,10 +183,11 @@ def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) ->
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
         now = json.loads(json.dumps(settings))
-        differing = [key for key in now if earlier.get(key) != now[key]]
+        differing = [key for key in now if key not in free and earlier.get(key) != now[key]]
         differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
         if differing:
-            raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
+            told = ", ".join(dict.fromkeys(differing))  # "questions" may be among both
+            raise ValueError(f"{folder} holds results that differ in {told}: give another --out")
     write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
 
 
@@ -742,8 +744,8 @@ def differing(ours: Sequence[Sequence], theirs: Sequence[Sequence]) -> np.ndarra
 
 
 def written(record: Record) -> str:
-    """The members' candidates, a character a token; what follows EOS is blank."""
-    return "".join(f"{reasoning}{answer:{train_toy.ANSWER_LENGTH}}" for reasoning, answer in record["texts"])
+    """The members' candidates, a character a token; EOS, in the reasoning too, and what follows it are blank."""
+    return "".join(f"{r:{train_toy.REASONING_LENGTH}}{a:{train_toy.ANSWER_LENGTH}}" for r, a in record["texts"])
 
 
 PAPER = {
@@ -791,7 +793,7 @@ def show_main(table: dict) -> None:
         grid[name] |= {f"- {rival}": said.get(f"{name} - {rival}", "") for rival in ("best member", "post-generation")}
         grid[name] |= {"changes": percent(row["change_rate"]), "forwards": f"{row['forwards']:.1f}"}
         if row.get("paper"):
-            grid[name]["paper"] = str(row["paper"])
+            grid[name]["paper, own setting"] = str(row["paper"])
         if (none := row.get("none_alone")) and none["n"]:
             grid[name][f"of {none['n']} unsolved alone"] = percent(none["value"])
     for t in table.get("tcc", []):
@@ -1039,17 +1041,18 @@ def member_folder(given: str) -> Path:
         mend = f"its owners ask you to accept their terms: at https://huggingface.co/{given}, then `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         mend = "no such folder here, and no such model on the Hub: check the name"
-    except OSError as error:
-        mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online"
+    except Exception as error:  # noqa: BLE001, the client's HTTP library has errors of its own, and changes
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        mend = f"no such folder here, and the Hub cannot be reached ({told}): check network and proxy"
     raise ValueError(f"--members {given}: {mend}")
 
 
-def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[Any]:
-    """LLaDA and Dream as `tie.Member`s; all tokenizers are read and checked before the first weight is."""
+def real_members(folders: dict[str, Path], places: Sequence[str], dtype: str | None = None) -> list[Any]:
+    """LLaDA and Dream as `tie.Member`s, each on a device; on "meta" no weight is read, but all is checked."""
     codecs, shared = [mdlm.load_codec(folder) for folder in folders.values()], dict[Any, mdlm.TextCodec]()
     codecs = [shared.setdefault((*c.vocabulary, c.mask_id, c.eos_id), c) for c in codecs]  # equal ones relay plain ids
     return [tie.Member(mdlm.load(folder, device, DTYPES[dtype])[0], codec.mask_id, codec.eos_id, name, codec)
-            for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
+            for (name, folder), codec, device in zip(folders.items(), codecs, places)]  # fmt: skip
 
 
 def real_setup(members: list[Any], task: str, run_code: str | None, cache: int | None) -> Setup:
@@ -1080,8 +1083,9 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
             raise ValueError(f"{told}: leave it out of --data")
 
 
-def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
-    """Decode the questions that have no record yet, in batches that are the same after an interruption."""
+def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> bool:
+    """Decode the questions that have no record yet, in batches that are the same after an interruption, with as many
+    processes; whether there were any."""
     batches = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
     todo = [batch for batch in batches if any(q.id not in file.done for q in batch)]
     done = len(questions) - sum(map(len, todo))
@@ -1090,10 +1094,11 @@ def decode_share(setup: Setup, config: tie.Config, questions: list[Question], fi
             file.add(decode_questions(setup, config, batch))
             bar.update(len(batch))
             bar.set_postfix(accuracy=percent(np.mean([r["correct"][r["winner"]] for r in file.done.values()])))
+    return bool(todo)
 
 
 def processes() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
+    """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError unless torchrun could have set them."""
     given = [os.environ.get(*pair) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
     rank, world, local = (int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in given)
     if not 0 <= rank < world or local < 0:
@@ -1102,21 +1107,27 @@ def processes() -> tuple[int, int, int]:
 
 
 def devices(given: list[str], count: int) -> list[str]:
-    """A device a member: as given, for all or for each."""
+    """One device per member, from one value for all or one for each; ValueError where one cannot be used."""
     if len(given) not in (1, count):
         raise ValueError(f"--device has {len(given)} values for {count} members: give one, or one each")
     for device in given:
-        try:
-            torch.zeros(1, device=device).item()  # "meta" holds no value
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        train_toy.check_device(device)
     return given * count if len(given) == 1 else given
+
+
+def places_of(count: int, given: list[str] | None) -> list[str]:
+    """A device per member: as given, else the GPUs in turn, the members of one process on neighbouring ones."""
+    _, world, local = processes()
+    if world > 1 and any(device != "cpu" for device in given or []):
+        raise ValueError("--device would put every process on the same GPUs: leave it out, and each gets its own")
+    gpus = torch.cuda.device_count()
+    return devices(given or [f"cuda:{(local * count + m) % gpus}" if gpus else "cpu" for m in range(count)], count)
 
 
 def run_real(args: argparse.Namespace) -> None:
     """One benchmark with the members given: one method, or with --single each member alone. Processes that torchrun
     starts share the questions, a file each; the last one to finish finds all records, and writes the summary."""
-    rank, world, local = processes()
+    _, world, _ = processes()
     if args.task is None or args.data is None:
         raise ValueError("--members needs --task and --data: the benchmark, and its owner's file")
     if world > 1 and args.out is None:
@@ -1124,40 +1135,50 @@ def run_real(args: argparse.Namespace) -> None:
     if len(args.members) < 2 and not args.single:
         raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
     benchmark, questions = BENCHMARKS[args.task], read_questions(args.task, args.data)[: args.limit]
-    grade(args.task, questions[0], "", args.run_code)  # is there a grader, is code to run, and may it, and can it?
     config = config_of(args, benchmark.interval(args.score), benchmark.answer_window)
-    gpu = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    places = devices(args.device or [gpu], len(args.members))
+    places = places_of(len(args.members), args.device)
+    grade(args.task, questions[0], "1", args.run_code)  # before a weight is read: is there a grader, may code run?
     effective = {"task": args.task, "members": args.members, "data": str(args.data), "questions": len(questions),
                  "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "cache": args.cache,
                  "config": asdict(config)}
     folders = {name: member_folder(given) for name, given in args.members.items()}
+    check_lengths(real_members(folders, ["meta"] * len(folders)), args.task, questions)
     prints = {f"weights of {name}": fingerprint(folder) for name, folder in folders.items()}
-    open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
+    prints |= {"questions": fingerprint(questions), "order of members": ", ".join(folders)}
+    open_results(args.out, effective, prints, free=("members", "data", "batch_size"))
     members = real_members(folders, places, args.dtype)
-    check_lengths(members, args.task, questions)
     label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
     groups = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
-    files = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}
-    for name, group in groups.items():
-        setup, share = real_setup(group, args.task, args.run_code, args.cache), questions[rank::world]
-        decode_share(setup, config, share, files[name], args.batch_size)
-    runs = {}
-    for name, group in groups.items():
-        files[name].read()
-        if len(files[name].done) < len(questions):
-            return  # another process is still at work
-        runs[name] = Run([files[name].done[q.id] for q in questions], [m.name for m in group])
-    table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
-    add_paper(table["rows"], dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)))
-    finish(args, effective, table)
+    if runs := decode_groups(args, config, groups, questions):
+        table = main_table(runs)
+        add_paper(table["rows"], benchmark, coders=any("coder" in name.lower() for name in args.members))
+        finish(args, effective, table)
 
 
-def add_paper(rows: list[dict], figures: dict) -> None:
-    """To each row the paper's figure for the same setting, by the column of Table 3 or 4 that its method names."""
+def decode_groups(
+    args: argparse.Namespace, config: tie.Config, groups: dict[str, list], questions: list[Question]
+) -> dict[str, Run]:
+    """Decode what is missing of this process's share; the runs, unless another process is to report them."""
+    rank, world, _ = processes()
+    files, worked = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}, rank == 0
+    for name, group in groups.items():
+        setup = real_setup(group, args.task, args.run_code, args.cache)
+        worked |= decode_share(setup, config, questions[rank::world], files[name], args.batch_size)
+    for file in files.values():
+        file.read()
+    if not worked or any(len(file.done) < len(questions) for file in files.values()):
+        return {}  # the first process finds all records too; another one is still at work
+    return {name: Run([files[name].done[q.id] for q in questions], [m.name for m in group])
+            for name, group in groups.items()}  # fmt: skip
+
+
+def add_paper(rows: list[dict], benchmark: Benchmark, coders: bool) -> None:
+    """To each row the paper's figure for its method, in the paper's own setting, whatever this command sets."""
+    columns = zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)
+    figures = {column.lower(): figure for column, figure in columns}
     for row in rows:
-        name = f"{row['method']} {row['score']}".lower()
-        row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
+        name = f"{row['method']} {row['score'] or ''}".lower()
+        row["paper"] = next((figure for column, figure in figures.items() if column in name), None)
 
 
 # --- answers: what the decoded answer region says, and whether it is right ----------------------------
@@ -1510,8 +1531,9 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
         try:
             for row in _rows(file):
                 fields, gold = _parse(task, row)
-                named = [row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row and type(row) is dict]
-                key = [*named, f"{subject}/{count}"][0]
+                names = ("task_id", "unique_id", "id", "qID") if isinstance(row, dict) else ()
+                counted = f"{subject if path.is_dir() else task}/{count}"  # a file may be renamed
+                key = next((row[name] for name in names if name in row), counted)
                 if "" in [*fields.values(), key] or not isinstance(key, str | int):
                     raise ValueError("an empty or wrong value")
                 if str(key) in questions:
@@ -1672,7 +1694,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a perso
         ),
         "--task": ("the benchmark", {"choices": BENCHMARKS}),
         "--data": ("file of its questions, as their owners publish them", {"type": path}),
-        "--limit": ("only so many questions", {"type": int}),
+        "--limit": ("only so many questions; not to be changed under the same --out", {"type": int}),
         "--single": ("every member alone, instead of the ensemble", {"action": "store_true"}),
         "--run-code": (
             "run the code that the models write, in bubblewrap; unconfined: in a container that confines it already",
@@ -1683,7 +1705,7 @@ OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a perso
         "--out": ("folder for records and summary; an interrupted run goes on where it stopped", {"type": path}),
         "--json": ("print one JSON object and nothing else on stdout", {"action": "store_true"}),
         "--batch-size": ("questions decoded together (default: 32 on the toy; 8)", {"type": int}),
-        "--device": ("one, or one a real member (default: cpu for the toy; a GPU if there is one)", {"nargs": "+"}),
+        "--device": ("one, or one a real member (default: cpu for the toy; the GPUs in turn)", {"nargs": "+"}),
         "--dtype": (
             "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)", {"choices": [*DTYPES][1:]}
         ),
@@ -1754,9 +1776,13 @@ def main(argv: list[str] | None = None) -> int:
         told, code = "interrupted; with --out the same command goes on from here", 130
     except OSError as error:
         told, code = f"cannot use {error.filename}: {error.strerror}; mend that, and the same command goes on", 2
-        if error.filename is None:  # all files are named where they are opened or written
-            told, code = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results", 1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+        if error.filename is None:  # files are named where they are opened: this is the system, or stdout
+            told, code = f"{error.strerror or error}; with --out the same command goes on", 1
+            if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+                told = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results"
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+    except torch.cuda.OutOfMemoryError as error:
+        told, code = f"{str(error).split('. ')[0]}: lower --batch-size, or give each member a --device of its own", 1
     except (ValueError, RuntimeError, MemoryError) as error:
         told, code = str(error) or "not enough memory", 2 if isinstance(error, ValueError) else 1
     print(f"eval.py: {' '.join(told.split())}", file=sys.stderr)

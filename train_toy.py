@@ -183,7 +183,7 @@ GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most, each member
 
 def setting(default: float, text: str, low: float, high: float) -> Any:
     """A field of Settings: its line in --help, and the bounds of its value."""
-    return field(default=default, metadata={"help": f"{text}; {low:g} to {high:g}", "low": low, "high": high})
+    return field(default=default, metadata={"help": f"{text}; {low} to {high}", "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -204,9 +204,9 @@ class Settings:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not low <= value <= high:
-                raise ValueError(f"{f.name} is {value}, but must be from {low:g} to {high:g}")
+                raise ValueError(f"{f.name} is {value}: give {low} to {high}")
         if self.width % 8:
-            raise ValueError(f"width is {self.width}, but must be a multiple of 8")
+            raise ValueError(f"width is {self.width}: give a multiple of 8")
 
 
 # --- what a member meets in training ------------------------------------------------------------------
@@ -385,7 +385,7 @@ ASKED, CHECKED, EVERY = 300, 40, 200  # validation problems at the end, and whil
 def plan_members(settings: Settings, members: int = 2) -> Plan:
     """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
     if not 1 <= members <= len(NAMES):
-        raise ValueError(f"members is {members}, but must be from 1 to {len(NAMES)}")
+        raise ValueError(f"members is {members}: give 1 to {len(NAMES)}")
     return {name: (settings, name) for name in NAMES[:members]}
 
 
@@ -396,10 +396,7 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> li
     and devices that cannot work, before any training; RuntimeError when a training process dies.
     """
     todo = {Path(out) / name: member for name, member in plan.items() if not read_record(Path(out) / name, *member)}
-    try:
-        torch.zeros(1, device=device).item()  # "meta" holds no value
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
+    check_device(device)
     try:
         for folder in todo:
             folder.mkdir(parents=True, exist_ok=True)
@@ -412,6 +409,14 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> li
     with workers(len(todo)) as run:
         list(run(_work, [(folder, *member, device, place) for place, (folder, member) in enumerate(todo.items())]))
     return [json.loads((Path(out) / name / RECORD).read_text()) for name in plan]
+
+
+def check_device(device: str) -> None:
+    """ValueError with torch's reason where nothing can be computed on the device."""
+    try:
+        torch.zeros(1, device=device).item()  # "meta" holds no value
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def read_record(folder: Path, settings: Settings, names: str) -> dict | None:

@@ -243,10 +243,11 @@ def test_a_cache_is_put_around_each_member(tmp_path):
 
 
 def test_a_share_is_of_what_differs():
-    records = [{"texts": [["12", "345"], ["12", ""]]}, {"texts": [["12", "345678."], ["13", "3"]]}]
+    """Token by token, also behind a text that EOS in the reasoning cut short."""
+    records = [{"texts": [["12", "345"], ["12", ""]]}, {"texts": [["1", "345678."], ["13", "3"]]}]
     texts = [evaluation.written(record) for record in records]
-    assert len(texts[0]) == len(texts[1]) == 2 * (2 + train_toy.ANSWER_LENGTH)
-    assert evaluation.differing(texts[:1], texts[1:]) == [(5 + 2 - 1) / len(texts[0])]
+    assert len(texts[0]) == len(texts[1]) == 2 * evaluation.T
+    assert evaluation.differing(texts[:1], texts[1:]) == [(1 + 4 + 1 + 1) / (2 * evaluation.T)]
     assert evaluation.differing([[0, 1], []], [[0, 0], []]).tolist() == [0.5]
 
 
