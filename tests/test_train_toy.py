@@ -55,9 +55,8 @@ def test_encode_refuses_what_is_no_text_of_the_task(text):
 def test_worked_example():
     problem = toy.Problem(905173, 6)
     assert problem.prompt == "9 0 5 1 7 3*6="
-    assert problem.reasoning == "540030064218" + "184310310354"
     assert problem.answer == "5431038" == str(905173 * 6)
-    assert toy.decode(problem.sequence) == f"{problem.prompt}{problem.reasoning}#5431038"
+    assert toy.decode(problem.sequence) == f"{problem.prompt}540030064218184310310354#5431038"
     assert toy.readable(problem.sequence) == "54 00 30 06 42 18 | 18 43 10 31 03 54 # 5431038"
     assert toy.Problem(123456, 2).answer == "0246912"  # a leading zero, so that all answers have one length
     assert len(problem.sequence) == toy.LENGTH == 47 and problem.sequence[-1] == toy.EOS
