@@ -150,7 +150,8 @@ ARGUMENTS = [
     ("eval --seed -1", "seed is -1: give 0 to 4294967295"),
     ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296: give 0 to"),
     ("eval --steps 0", "steps is 0: give 1 to 1000000"),
-    *[(f"eval --table 1 --seeds {n}", f"--seeds must be at least 1 and at most 1000, not {n}") for n in (0, 10**9)],
+    *[(f"eval --table 1 --seeds {n}", f"--seeds must be at {most}, not {n}")
+      for n, most in ((0, "least 1"), (10**9, "most 1000"))],
     *[(f"{line} 0", f"{line.split()[-1]} must be at least 1, not 0")
       for line in ("eval --trace", "eval --batch-size", f"{REAL} --limit")],
     *[(f"eval {option} ''", f"{option} ... an empty path") for option in ("--out", "--checkpoints", "--data", "--figure")],

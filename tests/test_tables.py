@@ -205,7 +205,7 @@ def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fa
 
 def test_a_cell_without_problems_has_no_value():
     none = evaluation.Run([], ["A"])
-    own = evaluation.Table("t", {"r": none}, {"c": {"x": evaluation.excess(0.5, evaluation.accuracy(none.correct))}})
+    own = evaluation.Table("t", {"r": none}, {"c": {"x": evaluation.above(evaluation.proportion(none.correct), 0.5)}})
     assert own.cells == [{"row": "r", "column": "accuracy", "value": None, "ci95": None, "n": 0, "forwards": None}]
     assert own.claims == [
         {"claim": "c", "verdict": "undecided", "comparisons": [{"name": "x", "difference": None, "ci95": None}]}
