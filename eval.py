@@ -183,10 +183,10 @@ def open_results(folder: Path | None, settings: dict, prints: dict[str, str], fr
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
         now = json.loads(json.dumps(settings))
-        differing = [key for key in now if key not in free and earlier.get(key) != now[key]]
-        differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
-        if differing:
-            told = ", ".join(dict.fromkeys(differing))  # "questions" may be among both
+        other = [key for key in now if key not in free and earlier.get(key) != now[key]]
+        other += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
+        if other:
+            told = ", ".join(dict.fromkeys(other))  # of other "questions" both number and fingerprint may differ
             raise ValueError(f"{folder} holds results that differ in {told}: give another --out")
     write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
 
@@ -274,12 +274,12 @@ class Run(Method):
         return {"correct": counts[self.right[:, m]], "incorrect": counts[~self.right[:, m]]}
 
 
-def proportion(those: Sequence[bool] | np.ndarray) -> dict:
-    """The share of those that are so, as of right answers, and its 95 % Wilson interval; None of none."""
-    so = np.array(those, dtype=float)
-    if not (n := len(so)):
+def proportion(flags: Sequence[bool] | np.ndarray) -> dict:
+    """The share of flags that are true, with its 95 % Wilson interval; None if there are no flags."""
+    values = np.array(flags, dtype=float)
+    if not (n := len(values)):
         return {"value": None, "ci95": None, "n": 0}
-    p, z = so.mean(), 1.96
+    p, z = values.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))  # rounding may step outside [0, 1]
     return {"value": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))], "n": n}
@@ -324,7 +324,7 @@ class Table:
     def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, dict[str, dict]], paper: dict | None = None,
                  unit: str = "%", forwards: bool = False):  # fmt: skip
         """Rows: a method or an estimate a column, or a method alone. Claims: the differences that decide, by name.
-        Unit and forwards: of the values, and whether beside them, in print."""
+        For print: the unit of the values, and whether the forwards that they took stand beside them."""
         self.title, self.cells, self.claims = title, list[dict[str, Any]](), list[dict[str, Any]]()
         self.unit, self.forwards = unit, forwards
         for row, own in rows.items():
@@ -1138,10 +1138,10 @@ def run_real(args: argparse.Namespace) -> None:
     groups = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
     if runs := runs_of(args, config, groups, questions):
         table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
-        figures = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
+        paper = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
         for row in table["rows"]:  # the paper's own setting of this method, whatever this command sets
             name = f"{row['method']} {row['score'] or ''}".lower()
-            row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
+            row["paper"] = next((paper[column] for column in paper if column.lower() in name), None)
         finish(args, effective, table)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -179,8 +180,8 @@ ARGUMENTS = [
     ("train_toy --steps many", "--steps ... 'many'"),
     ("train_toy --lr nan", "lr is nan: give 1e-09 to 1"),
     *[(f"train_toy --members {count}", f"members is {count}: give 1 to 4") for count in (0, 5)],
-    *[(f"train_toy --device {device} --out checkpoints/toy-seed0 --seed 1", f"--device {device} cannot be used: {reason}")
-      for device, reason in (("abacus", "Expected one of cpu"), ("meta", "Tensor.item() ... meta tensors"))],
+    *[(f"train_toy --device {device} --out checkpoints/toy-seed0 --seed 1", f"--device {device} cannot be used: {why}")
+      for device, why in (("abacus", "Expected one of cpu"), ("meta", "Tensor.item() ... meta tensors"))],
 ]  # fmt: skip
 
 CONFIG = [  # of a toy member; more of them in test_mdlm
@@ -252,7 +253,7 @@ DAMAGED = [
       for line, out in ((TOY, "gsm8k.jsonl"), (TOY, "gsm8k.jsonl/deeper"), (TOY, "x" * 300), (REAL, "gsm8k.jsonl"))],
     (f"{TOY} --figure gsm8k.jsonl", "cannot use --figure gsm8k.jsonl ... mend that"),
     (f"{AGAIN} --interval 5", "results holds results that differ in config: give another --out"),
-    (f"{AGAIN} --problems 4 --seed 1", "results holds results that differ in problems, training, questions: give another --out"),
+    (f"{AGAIN} --problems 4 --seed 1", "holds results that differ in problems, training, questions: give another --out"),
     (f"{REAL} --out results", "results holds results that differ in task ... give another --out"),
     (AGAIN, "results holds results that differ in weights of B: give another --out", at(B, reweighted)),
     (AGAIN, "results holds results that differ in questions: give another --out",
@@ -378,14 +379,16 @@ def test_output_that_goes_nowhere(rest, code, told, place):
         assert json.loads(done.stdout)["problems"] == 3
 
 
-def test_an_error_of_the_system_is_not_taken_for_one_of_stdout(place, monkeypatch, capfd):
-    def fail(*_):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr(evaluation, "run_toy", fail)
+@pytest.mark.parametrize("error, told", [
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files; with --out the same command goes on"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "CUDA out of memory: lower --batch-size, or give each member a --device of its own"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_told_on_stderr_and_stdout_stays_open(error, told, monkeypatch, capfd):
+    monkeypatch.setattr(evaluation, "run_toy", Mock(side_effect=error))
     assert evaluation.main([]) == 1
     os.write(1, b"still open")
-    assert capfd.readouterr() == ("still open", "eval.py: Too many open files; with --out the same command goes on\n")
+    assert capfd.readouterr() == ("still open", f"eval.py: {told}\n")
 
 
 @pytest.mark.parametrize(

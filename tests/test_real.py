@@ -129,7 +129,7 @@ def test_processes_and_their_members_take_the_gpus_in_turn(gpus, local, places, 
 
 def test_graders_and_lengths_are_checked_before_a_weight_is_read(folders, data, tmp_path, monkeypatch, capsys):
     asked, load = [], evaluation.mdlm.load
-    monkeypatch.setattr(evaluation.mdlm, "load", lambda folder, device, *rest: asked.append(device) or load(folder, "meta"))
+    monkeypatch.setattr(evaluation.mdlm, "load", lambda folder, to, *rest: asked.append(to) or load(folder, "meta"))
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"question": "9" * 2000, "answer": "#### 1"}))
     assert evaluation.main(arguments(folders, long)) == 2
@@ -138,18 +138,6 @@ def test_graders_and_lengths_are_checked_before_a_weight_is_read(folders, data, 
     monkeypatch.setattr(evaluation, "_GRADER", "raise ImportError")
     assert evaluation.main(arguments(folders, data)) == 2
     assert "pip install math-verify" in capsys.readouterr().err and {*asked} == {"meta"}
-
-
-def test_out_of_gpu_memory_it_goes_on_with_smaller_batches(folders, data, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
-
-    line = arguments(folders, data, "--limit", 2, "--out", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "decode_questions", fail)
-        assert evaluation.main(line) == 1
-    assert "eval.py: CUDA out of memory: lower --batch-size, or give" in capsys.readouterr().err
-    assert evaluation.main([*line, "--batch-size", "1"]) == 0
 
 
 def test_members_alone_and_post_generation(folders, data, capsys):
@@ -181,6 +169,8 @@ def test_other_questions_or_weights_are_other_results(folders, data, tmp_path, m
     assert evaluation.main(arguments(dict(reversed(copies.items())), own, "--limit", 2, "--out", tmp_path / "out")) == 2
     assert "differ in order of members: give another --out" in capsys.readouterr().err
     line = arguments(copies, own, "--limit", 2, "--out", tmp_path / "out")
+    assert evaluation.main([*line, "--limit", "3"]) == 2
+    assert "differ in questions: give another --out" in capsys.readouterr().err
     file = copies["dream"] / "model.safetensors"
     weights = load_file(file)
     save_file(weights | {HEADS["dream"][1]: weights[HEADS["dream"][1]] + 1e-6}, file)
