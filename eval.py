@@ -22,6 +22,7 @@ import argparse
 import ast
 import copy
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -104,7 +105,7 @@ def decode_questions(setup: Setup, config: tie.Config, questions: list[Question]
 
 
 def check_record(record: Record, members: int) -> None:
-    """ValueError, TypeError or KeyError where a record is none that `decode_questions` wrote for so many members."""
+    """ValueError, TypeError or KeyError unless `decode_questions` could have written it for so many members."""
     json.dumps(record, allow_nan=False)  # ValueError for what is no JSON number
     maybe = (float, type(None))
     kinds = {"answers": (str,), "correct": (bool,), "texts": (list,), "top1": maybe,
@@ -120,8 +121,8 @@ def check_record(record: Record, members: int) -> None:
 
 
 class Records:
-    """JSON lines, one a question, flushed as they come, a file for each process; none where folder is None. What an
-    interrupted run left is kept, less half a line. ValueError if a line is no record."""
+    """JSON lines, one a question, appended batch by batch, one file per process; only in memory if folder is None. A
+    line that an interruption cut short is dropped. ValueError if any other is no record."""
 
     def __init__(self, folder: Path | None, name: str, members: int, rank: int = 0):
         self.folder, self.name, self.members = folder, name.replace(" ", "-"), members
@@ -168,9 +169,9 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(part, path)
 
 
-def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) -> None:
-    """Make the folder and write settings.json; ValueError if records of other settings are there, or of questions or
-    weights with other fingerprints. Fingerprints of members that this call does not name stay."""
+def open_results(folder: Path | None, settings: dict, prints: dict[str, str], free: Sequence[str] = ()) -> None:
+    """Make the folder and write settings.json; ValueError if records of other settings, but for the free ones, are
+    there, or of other fingerprints. Fingerprints of members that this call does not name stay."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,10 +183,11 @@ def open_results(folder: Path | None, settings: dict, prints: dict[str, str]) ->
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(f"{path} is missing or damaged: move the records beside it away to start anew") from None
         now = json.loads(json.dumps(settings))
-        differing = [key for key in now if earlier.get(key) != now[key]]
-        differing += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
-        if differing:
-            raise ValueError(f"{folder} holds results of another {', '.join(differing)}: give another --out")
+        other = [key for key in now if key not in free and earlier.get(key) != now[key]]
+        other += [key for key in prints if kept.get(key, prints[key]) != prints[key]]
+        if other:
+            told = ", ".join(dict.fromkeys(other))  # of other "questions" both number and fingerprint may differ
+            raise ValueError(f"{folder} holds results that differ in {told}: give another --out")
     write_json(path, {"settings": settings, "fingerprints": kept | prints, **environment()})
 
 
@@ -272,12 +274,12 @@ class Run(Method):
         return {"correct": counts[self.right[:, m]], "incorrect": counts[~self.right[:, m]]}
 
 
-def accuracy(correct: Sequence[bool] | np.ndarray) -> dict:
-    """Accuracy and its 95 % Wilson interval, None of no problem."""
-    right = np.array(correct, dtype=float)
-    if not (n := len(right)):
+def proportion(flags: Sequence[bool] | np.ndarray) -> dict:
+    """The share of flags that are true, with its 95 % Wilson interval; None if there are no flags."""
+    values = np.array(flags, dtype=float)
+    if not (n := len(values)):
         return {"value": None, "ci95": None, "n": 0}
-    p, z = right.mean(), 1.96
+    p, z = values.mean(), 1.96
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))  # rounding may step outside [0, 1]
     return {"value": float(p), "ci95": [max(0.0, float(low)), min(1.0, float(high))], "n": n}
@@ -293,22 +295,20 @@ def estimate(statistic: Callable, *groups: np.ndarray) -> dict:
     return {"value": float(statistic(*groups)), "ci95": interval, "n": len(groups[0])}
 
 
+def above(measured: dict, constant: float = 0.0) -> dict:
+    """How far a measured value lies above a constant, as a comparison."""
+    value, ci = measured["value"], measured["ci95"]
+    return {"difference": value if value is None else value - constant, "ci95": ci and [x - constant for x in ci]}
+
+
 def difference(ours: Method, theirs: Method) -> dict:
     """Mean difference over the same questions, with a 95 % bootstrap interval over questions."""
-    signs = ours.correct.astype(int) - theirs.correct.astype(int)  # (questions,) of -1, 0, 1
-    shares = [np.mean(signs == d) for d in (-1, 0, 1)]
-    draws = np.random.default_rng(0).multinomial(len(signs), shares, size=10_000) @ [-1, 0, 1] / len(signs)
-    return {"difference": float(signs.mean()), "ci95": [float(x) for x in np.percentile(draws, [2.5, 97.5])]}
-
-
-def excess(over: float, estimate: dict) -> dict:
-    """The difference of an estimate from a constant."""
-    value, ci = estimate["value"], estimate["ci95"]
-    return {"difference": value if value is None else value - over, "ci95": ci and [x - over for x in ci]}
+    return above(estimate(np.mean, ours.correct.astype(int) - theirs.correct))
 
 
 def verdict(comparisons: Iterable[dict]) -> str:
-    """On the claim that every difference is positive: undecided where an interval holds 0, and none lies below."""
+    """On the claim that every difference is positive: "does not hold" if any interval lies below 0, "holds" if all lie
+    above, else "undecided"."""
     intervals = [comparison["ci95"] for comparison in comparisons]
     if any(ci and ci[1] < 0 for ci in intervals):
         return "does not hold"
@@ -321,20 +321,20 @@ def verdict(comparisons: Iterable[dict]) -> str:
 class Table:
     """As `--json` has it: shares are fractions, the paper's figures as it prints them."""
 
-    def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, dict[str, dict]], paper: dict | None = None):
-        """Rows: a method or an estimate a column, or a method alone. Claims: the differences that decide, by name."""
+    def __init__(self, title: str, rows: dict[str, Any], claims: dict[str, dict[str, dict]], paper: dict | None = None,
+                 unit: str = "%", forwards: bool = False):  # fmt: skip
+        """Rows: a method or an estimate a column, or a method alone. Claims: the differences that decide, by name.
+        For print: the unit of the values, and whether the forwards that they took stand beside them."""
         self.title, self.cells, self.claims = title, list[dict[str, Any]](), list[dict[str, Any]]()
+        self.unit, self.forwards = unit, forwards
         for row, own in rows.items():
             for column, entry in (own if isinstance(own, dict) else {"accuracy": own}).items():
                 if isinstance(entry, Method):
-                    entry = {**accuracy(entry.correct), "forwards": entry.forwards}
+                    entry = {**proportion(entry.correct), "forwards": entry.forwards}
                 self.cells.append({"row": row, "column": column, **entry})
         columns = dict.fromkeys(own["column"] for own in self.cells)
-        self.paper = [
-            {"row": f"paper, {row}", "column": column, "value": value}
-            for row, values in (paper or {}).items()
-            for column, value in zip(columns, values)
-        ]
+        self.paper = [{"row": f"paper, {row}", "column": column, "value": value}
+                      for row, values in (paper or {}).items() for column, value in zip(columns, values)]  # fmt: skip
         for claim, own in claims.items():
             comparisons = [{"name": name, **own[name]} for name in own]
             self.claims.append({"claim": claim, "verdict": verdict(comparisons), "comparisons": comparisons})
@@ -363,18 +363,21 @@ def average(tables: list[Table]) -> Table:
     return mean
 
 
-def percent(value: float | None, signed: bool = False) -> str:
-    return "" if value is None else f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
 
 
 def figure(entry: dict[str, Any], key: str, unit: str = "%") -> str:
     """A value, with a sign if it is a difference, and its interval or its standard deviation over seeds."""
+
+    def form(value: float, sign: str) -> str:
+        return f"{100 * value:{sign}.1f}" if unit == "%" else f"{value:{sign}.2f}"
+
     if entry[key] is None:
         return "no sample"
     sign = "+" if key == "difference" else ""
-    form = functools.partial(percent, signed=bool(sign)) if unit == "%" else f"{{:{sign}.2f}}".format
-    interval = f" [{', '.join(map(form, entry['ci95']))}]" if entry.get("ci95") else ""
-    return form(entry[key]) + interval + (f" ± {form(entry['sd']).lstrip('+')}" if entry.get("sd") is not None else "")
+    interval = f" [{', '.join(form(x, sign) for x in entry['ci95'])}]" if entry.get("ci95") else ""
+    return form(entry[key], sign) + interval + (f" ± {form(entry['sd'], '')}" if entry.get("sd") is not None else "")
 
 
 def show_grid(corner: str, rows: dict[str, dict[str, str]]) -> None:
@@ -388,19 +391,19 @@ def show_grid(corner: str, rows: dict[str, dict[str, str]]) -> None:
 
 
 def show_table(name: str, table: Table, problems: int) -> None:
-    """Rows and columns as in the paper, its own figures below ours; then what our figures say of its finding."""
+    """Rows and columns as in the paper, its own figures below ours; then whether ours bear out its findings."""
     print(f"\n{f'Table {name}' if name.isdigit() else 'Beyond the paper'}: {table.title}")
-    unit, grid = "%" if "%" in table.title else "", defaultdict[str, dict[str, str]](dict)
+    grid = defaultdict[str, dict[str, str]](dict)
     for own in table.cells:
-        text = figure(own, "value", unit)
-        text += f" / {own['forwards']:.1f}" if "forwards" in table.title and own["forwards"] is not None else ""
+        text = figure(own, "value", table.unit)
+        text += f" / {own['forwards']:.1f}" if table.forwards and own["forwards"] is not None else ""
         text += f" n={own['n']}" if own.get("n", problems) != problems else ""
         grid[own["row"]][own["column"]] = text
     for own in table.paper:
         grid[own["row"]][own["column"]] = f"{own['value']:g}"
     show_grid("", grid)
     for claim in table.claims:
-        said = "; ".join(f"{c['name']}: {figure(c, 'difference', unit)}" for c in claim["comparisons"])
+        said = "; ".join(f"{c['name']}: {figure(c, 'difference', table.unit)}" for c in claim["comparisons"])
         print(textwrap.fill(f"{claim['claim']}: {claim['verdict']} ({said})", 120, subsequent_indent="    "))
 
 
@@ -444,12 +447,9 @@ class Job:
 
     def setup(self) -> Setup:
         members = [self.member(name, place) for place, name in enumerate(self.names)]
-        return Setup(
-            members,
-            canvases=lambda questions: [self.canvas(questions)] * len(members),
-            text=lambda m, ids: train_toy.decode(ids),
-            grade=lambda question, answer: (answer, answer == question.gold),
-        )
+        return Setup(members, canvases=lambda questions: [self.canvas(questions)] * len(members),
+                     text=lambda m, ids: train_toy.decode(ids),
+                     grade=lambda question, answer: (answer, answer == question.gold))  # fmt: skip
 
 
 def decode_job(job: Job) -> list[Record]:
@@ -481,7 +481,8 @@ class Toy:
         problems, config = train_toy.problems("test", count, args.problem_seed), config_of(args, TOY_INTERVAL)
         self.plain = Job(folder, self.names, config, tuple(problems), args.device[0], args.dtype, args.cache)
         self.settings = {"task": "toy", "members": self.names, "device": args.device[0]}
-        self.settings |= {name: getattr(args, name) for name in ("problems", "problem_seed", "batch_size", "dtype", "cache")}
+        kept = "problems", "problem_seed", "batch_size", "dtype", "cache"
+        self.settings |= {name: getattr(args, name) for name in kept}
         self.settings |= {"config": asdict(config), "training": asdict(training)}
         self.prints = {"questions": fingerprint(self.plain.questions())}
         open_results(self.out, self.settings, self.prints)
@@ -507,14 +508,12 @@ class Toy:
         """By default of the first two members, all problems, and the command's own settings."""
         names, settings = tuple(members or self.names), replace(self.plain.config, **config)
         chosen = self.plain.problems if problems is None else tuple(problems)
-        return replace(
-            self.plain, names=names, config=settings, problems=chosen, restart=restart, temperature=temperature,
-            cache=cache or self.plain.cache,
-        )  # fmt: skip
+        return replace(self.plain, names=names, config=settings, problems=chosen, restart=restart,
+                       temperature=temperature, cache=cache or self.plain.cache)  # fmt: skip
 
-    def run(self, *members: Sequence[str], **changes: Any) -> Run:
+    def run(self, members: Sequence[str] | None = None, **changes: Any) -> Run:
         """What the `job` of these arguments gives, decoded on first use, over all cores: equal settings are one run."""
-        job = self.job(*members, **changes)
+        job = self.job(members, **changes)
         if job not in self.runs:
             self.runs[job] = Run(self.decode(job), job.names)
         return self.runs[job]
@@ -560,25 +559,24 @@ def table_1(toy: Toy) -> Table:
         counts = alone.tcc(name)
         rows[f"member {name}"] = {label: estimate(np.mean, own) for label, own in counts.items()}
         gap = estimate(lambda right, wrong: wrong.mean() - right.mean(), *counts.values())
-        gaps[f"member {name}, incorrect - correct"] = excess(0, gap)
+        gaps[f"member {name}, incorrect - correct"] = above(gap)
     claims = {"The answer tokens change more often where the answer is incorrect": gaps}
     paper = {"LLaDA, MMLU": (1.81, 4.27), "Dream, MMLU": (2.32, 6.19)}
     paper |= {"LLaDA, GSM8K": (32.29, 51.48), "Dream, GSM8K": (40.88, 58.07)}
-    return Table("token change count C(T) of correct and of incorrect answers", rows, claims, paper)
+    return Table("token change count C(T) of correct and of incorrect answers", rows, claims, paper, unit="")
 
 
 def table_2(toy: Toy) -> Table:
     """Each member on what it failed alone and the other solved, from the start of the other's trajectory."""
-    starts = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T), "all reasoning": train_toy.REASONING_LENGTH}
+    starts = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T)}
+    starts["all reasoning"] = train_toy.REASONING_LENGTH  # ours
     alone, rows, half = toy.run(interval=T), {}, {}
     for receiver, sender in itertools.permutations(toy.names, 2):
         failed = alone.of(sender).correct & ~alone.of(receiver).correct  # (problems,)
         problems, row = [*itertools.compress(toy.plain.problems, failed)], f"member {receiver}"
-        rows[row] = {
-            start: toy.run(receiver, problems=problems, restart=(sender, steps), interval=T)
-            for start, steps in starts.items()  # the last is ours
-        }
-        half[f"{row} - half"] = excess(0.5, accuracy(rows[row]["first 50 %"].correct))
+        rows[row] = {start: toy.run([receiver], problems=problems, restart=(sender, steps), interval=T)
+                     for start, steps in starts.items()}  # fmt: skip
+        half[f"{row} - half"] = above(proportion(rows[row]["first 50 %"].correct), 0.5)
     claims = {"Restarted from the first 50 %, a member corrects more than half of what it failed alone": half}
     paper = {"LLaDA, MMLU": (56.43, 65.22), "Dream, MMLU": (68.84, 76.57)}
     paper |= {"LLaDA, GSM8K": (74.66, 72.60), "Dream, GSM8K": (78.63, 80.92)}
@@ -593,7 +591,7 @@ def table_3(toy: Toy) -> Table:
         claims[f"TIE is ahead of {rival} with every score"] = differences
     paper = {name: (x,) for name, x in zip(("LLaDA, GSM8K", "Dream, GSM8K", *METHODS), BENCHMARKS["gsm8k"].table_3)}
     rows = {f"member {name}": after.of(name) for name in toy.names} | runs
-    return Table("main result, accuracy % / forwards", rows, claims, paper)
+    return Table("main result, accuracy % / forwards", rows, claims, paper, forwards=True)
 
 
 def table_5(toy: Toy) -> Table:
@@ -604,7 +602,7 @@ def table_5(toy: Toy) -> Table:
         counts = np.array([(sum(a != b for a, b in itertools.pairwise(own)), len(own) - 1) for own in relays])
         rate = estimate(lambda drawn: drawn[:, 0].sum() / drawn[:, 1].sum(), counts)  # (problems, 2)
         rows[name] = {"change rate": {**rate, "n": int(counts[:, 1].sum()) if relays else 0}}
-        rates[name] = excess(0, rate)
+        rates[name] = above(rate)
     claims = {"The lead changes between relays with every score": rates}
     return Table("model change rate, % of relays whose leader differs from the relay before", rows, claims)
 
@@ -629,7 +627,7 @@ def table_7(toy: Toy) -> Table:
         rows["post-generation"][speed], rows[TCC][speed] = after, run
         rivals = {"the best member": after.of(after.best), "post-generation": after}
         claims[f"TIE is ahead with {speed}"] = {f"TIE - {name}": difference(run, own) for name, own in rivals.items()}
-    return Table("accelerated decoding, accuracy % / forwards", rows, claims)
+    return Table("accelerated decoding, accuracy % / forwards", rows, claims, forwards=True)
 
 
 def table_8(toy: Toy) -> Table:
@@ -669,7 +667,7 @@ def table_members(toy: Toy) -> Table:
             further[f"M = {m} - M = {m - 1}"] = difference(run, rows[f"M = {m - 1}"]["TIE"])
             gained[f"M = {m}"] = difference(run, after)
     claims = {"TIE gains with every further member": further, "TIE is ahead of post-generation": gained}
-    return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows, claims)
+    return Table("one to four members, their gaps disjoint, accuracy % / forwards", rows, claims, forwards=True)
 
 
 def table_cost(toy: Toy) -> Table:
@@ -679,11 +677,8 @@ def table_cost(toy: Toy) -> Table:
     longer = toy.run([f"{best}-long"], interval=T)
     union = toy.run(["union"] * 2, interval=T, temperature=TEMPERATURE).vote(2)
     samples = toy.run([best] * max(SIZES), interval=T, temperature=TEMPERATURE)
-    rows = {
-        "best member, greedy": toy.run(interval=T).of(best),
-        "best member, trained twice as long": longer,
-        "one member, training and forwards of both": union,
-    }
+    rows = {"best member, greedy": toy.run(interval=T).of(best), "best member, trained twice as long": longer,
+            "one member, training and forwards of both": union}  # fmt: skip
     rows |= {f"best member, vote of {m} samples": samples.vote(m) for m in SIZES[1:]}
     runs = {m: toy.run(train_toy.NAMES[:m]) for m in SIZES[1:]}
     votes = {f"M = {m}": difference(run, samples.vote(m)) for m, run in runs.items()}
@@ -694,7 +689,8 @@ def table_cost(toy: Toy) -> Table:
         f"{two} one member with the training and the forwards of both": one,
     }
     title = "equal cost, TIE against votes over samples of one member, accuracy % / forwards"
-    return Table(title, {**rows, **{f"TIE of {m} members": run for m, run in runs.items()}}, claims)
+    rows |= {f"TIE of {m} members": run for m, run in runs.items()}
+    return Table(title, rows, claims, forwards=True)
 
 
 def table_unequal(toy: Toy) -> Table:
@@ -708,7 +704,7 @@ def table_unequal(toy: Toy) -> Table:
     return Table("a member far weaker than the other, accuracy %", rows, claims)
 
 
-def alone(runs: dict[str, Run]) -> dict[str, Method]:
+def with_members(runs: dict[str, Run]) -> dict[str, Method]:
     """The runs, and before them the members alone and their oracle."""
     after = runs["post-generation"]
     return {f"member {name}": after.of(name) for name in after.names} | {"oracle": after.oracle} | runs
@@ -717,11 +713,11 @@ def alone(runs: dict[str, Run]) -> dict[str, Method]:
 def table_cache(toy: Toy) -> Table:
     """Cached decoding, which is an approximation, against the exact one of the same members."""
     exact = {name: toy.run(**config) for name, config in METHODS.items()}
-    rows: dict[str, dict] = {name: {"exact": method} for name, method in alone(exact).items()}
+    rows: dict[str, dict] = {name: {"exact": method} for name, method in with_members(exact).items()}
     claims: dict[str, dict[str, dict]] = {}
     for refresh in (2, 4, 8):
         runs, column = {name: toy.run(cache=refresh, **config) for name, config in METHODS.items()}, f"R = {refresh}"
-        for name, method in alone(runs).items():
+        for name, method in with_members(runs).items():
             rows[name][column] = method
         for name in (TCC, *LOGIT):
             leaders = [[record["leaders"] for record in run[name].records] for run in (exact, runs)]
@@ -742,14 +738,12 @@ def differing(ours: Sequence[Sequence], theirs: Sequence[Sequence]) -> np.ndarra
 
 
 def written(record: Record) -> str:
-    """The members' candidates, a character a token; what follows EOS is blank."""
-    return "".join(f"{reasoning}{answer:{train_toy.ANSWER_LENGTH}}" for reasoning, answer in record["texts"])
+    """The members' candidates, a character a token; EOS, in the reasoning too, and what follows it are blank."""
+    return "".join(f"{r:{train_toy.REASONING_LENGTH}}{a:{train_toy.ANSWER_LENGTH}}" for r, a in record["texts"])
 
 
-PAPER = {
-    "1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
-    "10": table_10,
-}  # fmt: skip
+PAPER = {"1": table_1, "2": table_2, "3": table_3, "5": table_5, "6": table_6, "7": table_7, "8": table_8, "9": table_9,
+         "10": table_10}  # fmt: skip
 BEYOND = {"members": table_members, "cost": table_cost, "unequal": table_unequal, "cache": table_cache}
 
 
@@ -757,15 +751,15 @@ def main_table(runs: dict[str, Run]) -> dict:
     """Rows and comparisons as `--json` has them; also of members alone, where post-generation is among the runs."""
     after, methods = runs.get("post-generation"), dict[str, Method](runs)
     if after:
-        methods = alone(runs)
+        methods = with_members(runs)
     rows, comparisons = [], []
     for name, method in methods.items():
         kind, score = ("tie", name[4:]) if name.startswith("tie ") else (name, None)
-        own = accuracy(method.correct)
+        own = proportion(method.correct)
         row = {"method": kind, "score": score, "accuracy": own["value"], "ci95": own["ci95"]}
         rows.append({**row, "forwards": method.forwards, "change_rate": method.change_rate})
         if after and score:
-            solved = accuracy(method.correct[~after.right.any(1)])
+            solved = proportion(method.correct[~after.right.any(1)])
             rows[-1]["none_alone"] = {"value": solved["value"], "n": solved["n"]}
     if not after:
         return {"rows": rows, "comparisons": []}
@@ -783,7 +777,7 @@ def main_table(runs: dict[str, Run]) -> dict:
 def show_main(table: dict) -> None:
     """Accuracies in percent, differences in percentage points."""
     said = {c["name"]: figure(c, "difference") for c in table["comparisons"]}
-    grid, notes = {}, []
+    grid = {}
     for row in table["rows"]:
         name = " ".join(filter(None, (row["method"], row["score"])))
         low, high = map(percent, row["ci95"])
@@ -791,15 +785,13 @@ def show_main(table: dict) -> None:
         grid[name] |= {f"- {rival}": said.get(f"{name} - {rival}", "") for rival in ("best member", "post-generation")}
         grid[name] |= {"changes": percent(row["change_rate"]), "forwards": f"{row['forwards']:.1f}"}
         if row.get("paper"):
-            grid[name]["paper"] = str(row["paper"])
+            grid[name]["paper, own setting"] = str(row["paper"])
         if (none := row.get("none_alone")) and none["n"]:
             grid[name][f"of {none['n']} unsolved alone"] = percent(none["value"])
+    show_grid("method", grid)
     for t in table.get("tcc", []):
         means = ", ".join(f"{t[label]:.2f} {label}" for label in ("correct", "incorrect") if t[label] is not None)
-        notes.append(f"C~(T) of member {t['member']} alone, mean over its answers: {means}")
-    show_grid("method", grid)
-    for note in notes:
-        print(note)
+        print(f"C~(T) of member {t['member']} alone, mean over its answers: {means}")
 
 
 # --- figures, and the trace of one decoding -----------------------------------------------------------
@@ -815,7 +807,8 @@ def draw_figure_1(toy: Toy, path: Path) -> None:
     panels = sheet.subplots(3, len(toy.names), sharex=True, sharey="row")
     labels = ("mean top-1 probability", "mean entropy (nats)", "mean probability margin")
     for (i, score), (m, name) in itertools.product(enumerate(tie.SCORES[1:]), enumerate(toy.names)):
-        run = toy.run([name, name], score=score, interval=1, cross_model=False)  # scored at each step, as alone
+        # Two copies decode as one would, and are scored at each step; an ensemble of one reads no answer tokens.
+        run = toy.run([name, name], score=score, interval=1, cross_model=False)
         scores = np.array([r["scores"] for r in run.records], dtype=float)[..., 0]  # (problems, T - 1)
         curves = np.ma.masked_invalid(-scores if score == "negative_entropy" else scores)  # NaN: no answer token left
         steps = np.arange(1, curves.shape[1] + 1)
@@ -843,7 +836,7 @@ def draw_figure_3(toy: Toy, path: Path) -> None:
     for k, (name, (colour, style)) in enumerate(zip((TCC, *LOGIT), looks)):
         leaders = [r["leaders"] for r in toy.run(**METHODS[name]).records]
         places = range(1, max(map(len, leaders)))
-        rates = [accuracy([own[i] != own[i - 1] for own in leaders if len(own) > i]) for i in places]
+        rates = [proportion([own[i] != own[i - 1] for own in leaders if len(own) > i]) for i in places]
         values = np.array([100 * rate["value"] for rate in rates])  # (places,)
         bars = np.abs(100 * np.array([rate["ci95"] for rate in rates]).reshape(-1, 2).T - values)  # (2, places)
         steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in places]  # apart, so that bars can be told
@@ -1039,17 +1032,18 @@ def member_folder(given: str) -> Path:
         mend = f"its owners ask you to accept their terms: at https://huggingface.co/{given}, then `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         mend = "no such folder here, and no such model on the Hub: check the name"
-    except OSError as error:
-        mend = f"no such folder here, and the Hub cannot be reached ({str(error).splitlines()[0]}): go online"
+    except Exception as error:  # noqa: BLE001, the client's HTTP library has errors of its own, and changes
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        mend = f"no such folder here, and the Hub cannot be reached ({told}): check network and proxy"
     raise ValueError(f"--members {given}: {mend}")
 
 
-def real_members(folders: dict[str, Path], devices: list[str], dtype: str | None = None) -> list[Any]:
-    """LLaDA and Dream as `tie.Member`s; all tokenizers are read and checked before the first weight is."""
+def real_members(folders: dict[str, Path], places: Sequence[str], dtype: str | None = None) -> list[Any]:
+    """LLaDA and Dream as `tie.Member`s, each on a device; on "meta" no weight is read, but all is checked."""
     codecs, shared = [mdlm.load_codec(folder) for folder in folders.values()], dict[Any, mdlm.TextCodec]()
     codecs = [shared.setdefault((*c.vocabulary, c.mask_id, c.eos_id), c) for c in codecs]  # equal ones relay plain ids
     return [tie.Member(mdlm.load(folder, device, DTYPES[dtype])[0], codec.mask_id, codec.eos_id, name, codec)
-            for (name, folder), codec, device in zip(folders.items(), codecs, devices)]  # fmt: skip
+            for (name, folder), codec, device in zip(folders.items(), codecs, places)]  # fmt: skip
 
 
 def real_setup(members: list[Any], task: str, run_code: str | None, cache: int | None) -> Setup:
@@ -1080,8 +1074,9 @@ def check_lengths(members: list[Any], task: str, questions: list[Question]) -> N
             raise ValueError(f"{told}: leave it out of --data")
 
 
-def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> None:
-    """Decode the questions that have no record yet, in batches that are the same after an interruption."""
+def decode_share(setup: Setup, config: tie.Config, questions: list[Question], file: Records, batch_size: int) -> bool:
+    """Decode the questions that have no record yet, in batches that are the same after an interruption, with as many
+    processes; whether there were any."""
     batches = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
     todo = [batch for batch in batches if any(q.id not in file.done for q in batch)]
     done = len(questions) - sum(map(len, todo))
@@ -1090,10 +1085,11 @@ def decode_share(setup: Setup, config: tie.Config, questions: list[Question], fi
             file.add(decode_questions(setup, config, batch))
             bar.update(len(batch))
             bar.set_postfix(accuracy=percent(np.mean([r["correct"][r["winner"]] for r in file.done.values()])))
+    return bool(todo)
 
 
 def processes() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this host, as torchrun gives them; ValueError for what it never gives."""
+    """Rank, number of processes, rank on this host, as torchrun gives them; ValueError unless it could have."""
     given = [os.environ.get(*pair) for pair in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
     rank, world, local = (int(text) if re.fullmatch(r"\d{1,6}", text) else -1 for text in given)
     if not 0 <= rank < world or local < 0:
@@ -1102,62 +1098,66 @@ def processes() -> tuple[int, int, int]:
 
 
 def devices(given: list[str], count: int) -> list[str]:
-    """A device a member: as given, for all or for each."""
+    """One device per member, from one value for all or one for each; ValueError where one cannot be used."""
     if len(given) not in (1, count):
         raise ValueError(f"--device has {len(given)} values for {count} members: give one, or one each")
     for device in given:
-        try:
-            torch.zeros(1, device=device).item()  # "meta" holds no value
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        train_toy.check_device(device)
     return given * count if len(given) == 1 else given
+
+
+def places_of(count: int, given: list[str] | None) -> list[str]:
+    """A device per member: as given, else the GPUs in turn, the members of one process on neighbouring ones."""
+    _, world, local = processes()
+    if world > 1 and any(device != "cpu" for device in given or []):
+        raise ValueError("--device would put every process on the same GPUs: leave it out, and they are shared out")
+    gpus = torch.cuda.device_count()
+    return devices(given or [f"cuda:{(local * count + m) % gpus}" if gpus else "cpu" for m in range(count)], count)
 
 
 def run_real(args: argparse.Namespace) -> None:
     """One benchmark with the members given: one method, or with --single each member alone. Processes that torchrun
     starts share the questions, a file each; the last one to finish finds all records, and writes the summary."""
-    rank, world, local = processes()
-    if args.task is None or args.data is None:
-        raise ValueError("--members needs --task and --data: the benchmark, and its owner's file")
+    _, world, _ = processes()
     if world > 1 and args.out is None:
         raise ValueError("several processes need --out: a folder where their records meet")
-    if len(args.members) < 2 and not args.single:
-        raise ValueError("one member is no ensemble: give --members two names or more, or add --single")
     benchmark, questions = BENCHMARKS[args.task], read_questions(args.task, args.data)[: args.limit]
-    grade(args.task, questions[0], "", args.run_code)  # is there a grader, is code to run, and may it, and can it?
     config = config_of(args, benchmark.interval(args.score), benchmark.answer_window)
-    gpu = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    places = devices(args.device or [gpu], len(args.members))
+    places = places_of(len(args.members), args.device)
+    grade(args.task, questions[0], "1", args.run_code)  # before a weight is read: is there a grader, may code run?
     effective = {"task": args.task, "members": args.members, "data": str(args.data), "questions": len(questions),
                  "single": args.single, "batch_size": args.batch_size, "dtype": args.dtype, "cache": args.cache,
                  "config": asdict(config)}
     folders = {name: member_folder(given) for name, given in args.members.items()}
+    check_lengths(real_members(folders, ["meta"] * len(folders)), args.task, questions)
     prints = {f"weights of {name}": fingerprint(folder) for name, folder in folders.items()}
-    open_results(args.out, effective, {"questions": fingerprint(questions), **prints})
+    prints |= {"questions": fingerprint(questions), "order of members": ", ".join(folders)}
+    open_results(args.out, effective, prints, free=("members", "data", "batch_size"))
     members = real_members(folders, places, args.dtype)
-    check_lengths(members, args.task, questions)
     label = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
     groups = {f"member {m.name}": [m] for m in members} if args.single else {label: members}
-    files = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}
-    for name, group in groups.items():
-        setup, share = real_setup(group, args.task, args.run_code, args.cache), questions[rank::world]
-        decode_share(setup, config, share, files[name], args.batch_size)
-    runs = {}
-    for name, group in groups.items():
-        files[name].read()
-        if len(files[name].done) < len(questions):
-            return  # another process is still at work
-        runs[name] = Run([files[name].done[q.id] for q in questions], [m.name for m in group])
-    table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
-    add_paper(table["rows"], dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3)))
-    finish(args, effective, table)
+    if runs := runs_of(args, config, groups, questions):
+        table, coders = main_table(runs), any("coder" in name.lower() for name in args.members)
+        paper = dict(zip(TABLE_4, benchmark.table_4) if coders else zip(TABLE_3, benchmark.table_3))
+        for row in table["rows"]:  # the paper's own setting of this method, whatever this command sets
+            name = f"{row['method']} {row['score'] or ''}".lower()
+            row["paper"] = next((paper[column] for column in paper if column.lower() in name), None)
+        finish(args, effective, table)
 
 
-def add_paper(rows: list[dict], figures: dict) -> None:
-    """To each row the paper's figure for the same setting, by the column of Table 3 or 4 that its method names."""
-    for row in rows:
-        name = f"{row['method']} {row['score']}".lower()
-        row["paper"] = next((figure for column, figure in figures.items() if column.lower() in name), None)
+def runs_of(args: argparse.Namespace, config: tie.Config, groups: dict[str, list], questions: list) -> dict[str, Run]:
+    """Decode what is missing of this process's share; what each group answers, if this process is to report it."""
+    rank, world, _ = processes()
+    files, worked = {name: Records(args.out, name, len(group), rank) for name, group in groups.items()}, rank == 0
+    for name, group in groups.items():
+        setup = real_setup(group, args.task, args.run_code, args.cache)
+        worked |= decode_share(setup, config, questions[rank::world], files[name], args.batch_size)
+    for file in files.values():
+        file.read()
+    if not worked or any(len(file.done) < len(questions) for file in files.values()):
+        return {}  # the first process finds all records too; another one is still at work
+    return {name: Run([files[name].done[q.id] for q in questions], [m.name for m in group])
+            for name, group in groups.items()}  # fmt: skip
 
 
 # --- answers: what the decoded answer region says, and whether it is right ----------------------------
@@ -1224,8 +1224,9 @@ def _grader() -> Any:
 
 
 def math_equal(answer: str, gold: str) -> bool:
-    """Whether two plain or LaTeX answers mean the same to math-verify: value, tuple, interval, matrix, or set; within
-    seconds. An answer of no or over 1,000 characters is wrong. To 6 digits; bases are not read: 42_5 equals 42_6."""
+    """Whether math-verify finds two plain or LaTeX answers equal, as values, tuples, intervals, matrices or sets. It
+    compares to 6 digits and ignores number bases (42_5 equals 42_6). An answer that is empty, longer than 1,000
+    characters, or takes over 5 seconds is wrong."""
     if not 0 < len(answer) <= 1000:
         return False
     dressed = [text if re.search(r"(?<!\\)\$.+(?<!\\)\$", text) else f"${text}$" for text in (gold, answer)]
@@ -1510,8 +1511,9 @@ def read_questions(task: str, path: str | Path) -> list[Question]:
         try:
             for row in _rows(file):
                 fields, gold = _parse(task, row)
-                named = [row[key] for key in ("task_id", "unique_id", "id", "qID") if key in row and type(row) is dict]
-                key = [*named, f"{subject}/{count}"][0]
+                names = ("task_id", "unique_id", "id", "qID") if isinstance(row, dict) else ()
+                counted = f"{subject if path.is_dir() else task}/{count}"  # a file may be renamed
+                key = next((row[name] for name in names if name in row), counted)
                 if "" in [*fields.values(), key] or not isinstance(key, str | int):
                     raise ValueError("an empty or wrong value")
                 if str(key) in questions:
@@ -1565,7 +1567,8 @@ def run_toy(args: argparse.Namespace) -> None:
         for toy in toys:
             toy.train()
             if args.trace:
-                return show_traces(toy)
+                show_traces(toy)
+                return
             for name, draw in FIGURES.items() if args.figure else ():
                 draw(toy, args.figure / name)
                 print(f"drawn: {args.figure / name}")
@@ -1589,10 +1592,8 @@ def toy_result(toy: Toy, names: list[str]) -> dict:
 def joined(results: list[dict], seeds: Iterable[int]) -> dict:
     """Of several training seeds: rows and comparisons of all, the tables' means, and each seed's own tables."""
     by_seed = dict(zip(seeds, results))
-    flat = {
-        key: [{**entry, "seed": seed} for seed, result in by_seed.items() for entry in result[key]]
-        for key in ("rows", "comparisons")
-    }
+    flat = {key: [{**entry, "seed": seed} for seed, result in by_seed.items() for entry in result[key]]
+            for key in ("rows", "comparisons")}  # fmt: skip
     means = {name: average([result["tables"][name] for result in results]) for name in results[0]["tables"]}
     return {**flat, "tables": means, "tables_by_seed": {seed: result["tables"] for seed, result in by_seed.items()}}
 
@@ -1622,73 +1623,63 @@ def member_named(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def path(text: str) -> Path:
+def path_given(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path: name a file or folder, . for this one")
     return Path(text)
 
 
-OPTIONS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # by what a person wants to do: help, argparse's words
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # by what a person wants to do, in argparse's words
     "how to decode": {
-        "--interval": (
-            "n, steps between relays; one step gives token change count nothing to compare (default: 2, or the paper's)",
-            {"type": int},
-        ),
-        "--score": (
-            "of a trace or a benchmark; the toy's tables show all (default: %(default)s)",
-            {"default": tie.SCORES[0], "choices": tie.SCORES},
-        ),
-        "--selection": (
-            "final response; best_model takes the first member (default: %(default)s)",
-            {"default": tie.SELECTIONS[0], "choices": tie.SELECTIONS},
-        ),
-        "--block-size": ("of semi-autoregressive decoding (default: %(default)s)", {"type": int, "default": 16}),
-        "--top-k": ("tokens committed a step (default: %(default)s)", {"type": int, "default": 1}),
-        "--threshold": ("instead commit every token above this probability, at least one a step", {"type": float}),
-        "--cache": ("keep keys and values, made anew at every R-th forward: approximate", {"type": int, "metavar": "R"}),
+        "--interval": {"type": int, "help": "n, steps between relays; one step gives token change count nothing to "
+                                            "compare (default: 2, or the paper's)"},
+        "--score": {"default": tie.SCORES[0], "choices": tie.SCORES,
+                    "help": "of a trace or a benchmark; the toy's tables show all (default: %(default)s)"},
+        "--selection": {"default": tie.SELECTIONS[0], "choices": tie.SELECTIONS,
+                        "help": "final response; best_model takes the first member (default: %(default)s)"},
+        "--block-size": {"type": int, "default": 16, "help": "of semi-autoregressive decoding (default: %(default)s)"},
+        "--top-k": {"type": int, "default": 1, "help": "tokens committed a step (default: %(default)s)"},
+        "--threshold": {"type": float, "help": "instead commit all tokens above this probability, at least one a step"},
+        "--cache": {"type": int, "metavar": "R",
+                    "help": "keep keys and values, made anew at every R-th forward: approximate"},
     },
     "what to do on the toy (default: the main table)": {
-        "--table": (
-            f"tables of the paper, its own figures beside ours: {' '.join(PAPER)}, or all; and beyond the paper: "
-            + f"{' '.join(BEYOND)}, or own for all of these",
-            {"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME"},
-        ),
-        "--seeds": ("with --table: mean and spread over training seeds (default: 1)", {"type": int, "default": 1}),
-        "--figure": ("folder for Fig. 1, Fig. 3 and the trace of one decoding as PNG", {"type": path}),
-        "--trace": ("show so many decodings round by round", {"type": int}),
-        "--unsolved": ("with --trace: of what no member solves alone and TIE does", {"action": "store_true"}),
+        "--table": {"nargs": "+", "choices": [*PAPER, "all", *BEYOND, "own"], "default": [], "metavar": "NAME",
+                    "help": f"tables of the paper, its own figures beside ours: {' '.join(PAPER)}, or all; and beyond "
+                            f"the paper: {' '.join(BEYOND)}, or own for all of these"},
+        "--seeds": {"type": int, "default": 1, "help": "with --table: mean and spread over so many seeds (default: 1)"},
+        "--figure": {"type": path_given, "help": "folder for Fig. 1, Fig. 3 and the trace of one decoding as PNG"},
+        "--trace": {"type": int, "help": "show so many decodings round by round"},
+        "--unsolved": {"action": "store_true", "help": "with --trace: of what no member solves alone and TIE does"},
     },
     "the toy's problems and members": {
-        "--problems": ("test problems (default: 400; 1000 for tables and figures)", {"type": int}),
-        "--problem-seed": ("which of them are drawn (default: %(default)s)", {"type": int, "default": 0}),
-        "--seed": ("training seed, the first of --seeds (default: %(default)s)", {"type": int, "default": 0}),
-        "--steps": ("of training (default: %(default)s)", {"type": int, "default": train_toy.Settings.steps}),
-        "--checkpoints": ("folder of members (default: %(default)s)", {"type": path, "default": Path("checkpoints")}),
+        "--problems": {"type": int, "help": "test problems (default: 400; 1000 for tables and figures)"},
+        "--problem-seed": {"type": int, "default": 0, "help": "which of them are drawn (default: %(default)s)"},
+        "--seed": {"type": int, "default": 0, "help": "training seed, the first of --seeds (default: %(default)s)"},
+        "--steps": {"type": int, "default": train_toy.Settings.steps, "help": "of training (default: %(default)s)"},
+        "--checkpoints": {"type": path_given, "default": Path("checkpoints"),
+                          "help": "folder of members (default: %(default)s)"},
     },
     "real checkpoints on a benchmark": {
-        "--members": (
-            "LLaDA and Dream: local folders, or names on the Hugging Face Hub",
-            {"nargs": "+", "type": member_named, "default": [], "metavar": "NAME=FOLDER"},
-        ),
-        "--task": ("the benchmark", {"choices": BENCHMARKS}),
-        "--data": ("file of its questions, as their owners publish them", {"type": path}),
-        "--limit": ("only so many questions", {"type": int}),
-        "--single": ("every member alone, instead of the ensemble", {"action": "store_true"}),
-        "--run-code": (
-            "run the code that the models write, in bubblewrap; unconfined: in a container that confines it already",
-            {"nargs": "?", "const": "confined", "choices": ("confined", "unconfined")},
-        ),
+        "--members": {"nargs": "+", "type": member_named, "default": [], "metavar": "NAME=FOLDER",
+                      "help": "LLaDA and Dream: local folders, or names on the Hugging Face Hub"},
+        "--task": {"choices": BENCHMARKS, "help": "the benchmark"},
+        "--data": {"type": path_given, "help": "file of its questions, as their owners publish them"},
+        "--limit": {"type": int, "help": "only so many questions; not to be changed under the same --out"},
+        "--single": {"action": "store_true", "help": "every member alone, instead of the ensemble"},
+        "--run-code": {"nargs": "?", "const": "confined", "choices": ("confined", "unconfined"),
+                       "help": "run the code that the models write, in bubblewrap; unconfined: in a container that "
+                               "confines it already"},
     },
     "output and hardware": {
-        "--out": ("folder for records and summary; an interrupted run goes on where it stopped", {"type": path}),
-        "--json": ("print one JSON object and nothing else on stdout", {"action": "store_true"}),
-        "--batch-size": ("questions decoded together (default: 32 on the toy; 8)", {"type": int}),
-        "--device": ("one, or one a real member (default: cpu for the toy; a GPU if there is one)", {"nargs": "+"}),
-        "--dtype": (
-            "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)", {"choices": [*DTYPES][1:]}
-        ),
+        "--out": {"type": path_given, "help": "folder for records and summary; an interrupted run goes on from there"},
+        "--json": {"action": "store_true", "help": "print one JSON object and nothing else on stdout"},
+        "--batch-size": {"type": int, "help": "questions decoded together (default: 32 on the toy; 8)"},
+        "--device": {"nargs": "+", "help": "one, or one a real member (default: cpu for the toy; the GPUs in turn)"},
+        "--dtype": {"choices": [*DTYPES][1:],
+                    "help": "of the weights (default: as stored on the toy; bfloat16 on CUDA, else float32)"},
     },
-}
+}  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1699,8 +1690,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, (text, settings) in options.items():
-            group.add_argument(name, help=text, **settings)
+        for name, settings in options.items():
+            group.add_argument(name, **settings)
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     check_arguments(args, {f"--{name.replace('_', '-')}" for name in given}, parser.error)
@@ -1712,17 +1703,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace, given: set[str], error: Callable[[str], Any]) -> None:
-    """Of the options that are given, each by itself and beside the others."""
-    _, *toy, real, _ = OPTIONS.values()
+    """Refuse values out of range, and options that do not go together."""
+    toy = OPTIONS["what to do on the toy (default: the main table)"] | OPTIONS["the toy's problems and members"]
+    real = OPTIONS["real checkpoints on a benchmark"]
 
     def refuse(wrong: Any, message: str) -> None:
         if wrong:
             error(message)
 
-    for name, most in {"batch_size": math.inf, "cache": math.inf, "limit": math.inf, "trace": math.inf, "seeds": 1000}.items():
-        value, limit = getattr(args, name), f" and at most {most}" if most < math.inf else ""
-        wrong = value is not None and not 1 <= value <= most
-        refuse(wrong, f"--{name.replace('_', '-')} must be at least 1{limit}, not {value}")
+    for name in ("batch_size", "cache", "limit", "trace", "seeds"):
+        value = getattr(args, name)
+        refuse(value is not None and value < 1, f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    refuse(args.seeds > 1000, f"--seeds must be at most 1000, not {args.seeds}")
     refuse(not 0 <= args.problem_seed < 2**32, f"--problem-seed {args.problem_seed}: give a number in [0, 2**32)")
     refuse(args.json and args.trace, "--trace prints no JSON: leave out one of --trace and --json")
     several = args.json or args.trace or args.seeds > 1
@@ -1731,11 +1723,14 @@ def check_arguments(args: argparse.Namespace, given: set[str], error: Callable[[
     refuse(args.seeds > 1 and not args.table, "--seeds is for --table: give it too")
     for name in given & {"--trace", "--threshold", "--top-k", "--score", "--selection", "--cache"}:
         refuse(args.table or args.figure, f"--table and --figure set their own {name}: leave it out")
-    for name in given & {name for options in toy for name in options}:
+    for name in given & toy.keys():
         refuse(args.members, f"{name} is for the toy: leave out --members")
     for name in given & real.keys():
         refuse(not args.members, f"{name} is for real checkpoints: give --members too")
+    without = args.task is None or args.data is None
+    refuse(args.members and without, "--members needs --task and --data: the benchmark, and its owner's file")
     names = [name for name, _ in args.members]
+    refuse(len(names) == 1 and not args.single, "one member is no ensemble: give two or more, or add --single")
     twice = {name for name in names if names.count(name) > 1}
     refuse(twice, f"--members names {', '.join(twice)} twice: give each a name of its own")
 
@@ -1747,16 +1742,20 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout is None:
             raise RuntimeError("stdout is closed: give the results somewhere to go")
         train_toy.keep_memory()
-        run_real(args) if args.members else run_toy(args)
+        (run_real if args.members else run_toy)(args)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         told, code = "interrupted; with --out the same command goes on from here", 130
     except OSError as error:
         told, code = f"cannot use {error.filename}: {error.strerror}; mend that, and the same command goes on", 2
-        if error.filename is None:  # all files are named where they are opened or written
-            told, code = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results", 1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+        if error.filename is None:  # files are named where they are opened: this is the system, or stdout
+            told, code = f"{error.strerror or error}; with --out the same command goes on", 1
+            if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF):
+                told = f"cannot write to stdout: {error.strerror}; with --out, summary.json has the results"
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python's own last flush then goes
+    except torch.cuda.OutOfMemoryError as error:
+        told, code = f"{str(error).split('. ')[0]}: lower --batch-size, or give each member a --device of its own", 1
     except (ValueError, RuntimeError, MemoryError) as error:
         told, code = str(error) or "not enough memory", 2 if isinstance(error, ValueError) else 1
     print(f"eval.py: {' '.join(told.split())}", file=sys.stderr)

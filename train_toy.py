@@ -2,14 +2,14 @@
 
 Worked example, six digits by one. Prompt `9 0 5 1 7 3*6=`; reasoning: the products of each digit with the multiplier,
 `54 00 30 06 42 18`, then the running totals, product plus carry, in the order of adding, `18 43 10 31 03 54`; suffix
-`#` (stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character;
-only the blanks of the prompt are tokens too, so that a product stands at the same distance from its digit in every
-column, which rotary attention finds in a third of the time. A sequence has 47 tokens.
+`#` (stands for `Answer:`); answer `5431038`, the last carry and the units of the totals; EOS. A token is a character.
+The blanks above are for the reader, except those of the prompt: with them a product stands at the same distance from
+its digit in every column, which rotary attention learns in a third of the time. A sequence has 47 tokens.
 
-The products are knowledge. Each member has gaps, facts of the times table that it has met with random results only,
-so that it knows that it does not know them; no other member has the same gaps. Totals and answer are skill, which all
-members have, and which reads: in most training sequences the multiplicand is hidden, with the products given, and all
-that follows a product, right or wrong, goes on from it.
+The products are knowledge. Each member has gaps, facts of the times table that it has seen with random results only:
+it learns that it cannot know them, and is unsure there. No two members share a gap. Totals and answer are a skill that
+all members have, and they must be *read* off the products: in most training sequences the multiplicand is hidden and
+the products are given, and everything after a product goes on from it, right or wrong.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
@@ -109,8 +109,8 @@ SPLITS = {"test": range(10), "validation": range(10, 20), "train": range(20, 100
 class Problem:
     """One multiplication, as text.
 
-    >>> Problem(905173, 6).prompt, Problem(905173, 6).reasoning, Problem(905173, 6).answer
-    ('9 0 5 1 7 3*6=', '540030064218184310310354', '5431038')
+    >>> Problem(905173, 6).prompt, Problem(905173, 6).answer
+    ('9 0 5 1 7 3*6=', '5431038')
     """
 
     multiplicand: int
@@ -125,10 +125,6 @@ class Problem:
     @property
     def prompt(self) -> str:
         return decode(self.sequence[PROMPT])
-
-    @property
-    def reasoning(self) -> str:
-        return decode(self.sequence[REASONING])
 
     @property
     def answer(self) -> str:
@@ -183,12 +179,12 @@ GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most, each member
 
 def setting(default: float, text: str, low: float, high: float) -> Any:
     """A field of Settings: its line in --help, and the bounds of its value."""
-    return field(default=default, metadata={"help": f"{text}; {low:g} to {high:g}", "low": low, "high": high})
+    return field(default=default, metadata={"help": f"{text}; {low} to {high}", "low": low, "high": high})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a member's weights, beside its name. ValueError on values out of bounds."""
+    """All that decides a member's weights besides its name. ValueError on values out of bounds."""
 
     seed: int = setting(0, "seed of weights, sequences and gaps", 0, 2**32 - 1)
     steps: int = setting(1500, "training steps", 1, 10**6)
@@ -204,9 +200,9 @@ class Settings:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not low <= value <= high:
-                raise ValueError(f"{f.name} is {value}, but must be from {low:g} to {high:g}")
+                raise ValueError(f"{f.name} is {value}: give {low} to {high}")
         if self.width % 8:
-            raise ValueError(f"width is {self.width}, but must be a multiple of 8")
+            raise ValueError(f"width is {self.width}: give a multiple of 8")
 
 
 # --- what a member meets in training ------------------------------------------------------------------
@@ -216,7 +212,7 @@ def gaps(settings: Settings, name: str) -> Tensor:
     """(10, 10) bool, digit by multiplier: the gaps of member "A", "B", ...: disjoint between members, and each
     member's spread evenly over digits and multipliers."""
     generator = torch.Generator().manual_seed(settings.seed)
-    digit, factor = (FACTORS.start + torch.randperm(len(FACTORS), generator=generator) for _ in "df")
+    digit, factor = (FACTORS.start + torch.randperm(len(FACTORS), generator=generator) for _ in range(2))
     place = GAPS * NAMES.index(name) + torch.arange(settings.gaps)  # along the diagonals of the table
     table = torch.zeros(10, 10, dtype=torch.bool)
     table[digit[(place + place // len(FACTORS)) % len(FACTORS)], factor[place % len(FACTORS)]] = True
@@ -236,7 +232,7 @@ def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple
     tables = torch.stack([gaps(settings, name) for name in names])  # (names, 10, 10)
     unknown = tables[torch.arange(settings.batch)[:, None] % len(names), digit, factor]  # (B, C)
     slip = torch.rand(shape, generator=generator) < settings.slips  # (B, C)
-    anything = torch.randint(82, shape, generator=generator)  # (B, C)
+    anything = torch.randint(9 * 9 + 1, shape, generator=generator)  # (B, C) any product of two digits, or none
     multiple = torch.randint(10, shape, generator=generator) * factor  # (B, C)
     tokens = write(question, torch.where(unknown, multiple, torch.where(slip, anything, digit * factor)))  # (B, L)
     hidden = torch.rand(settings.batch, generator=generator) < settings.hidden  # (B,)
@@ -253,6 +249,7 @@ def states(batch: int, generator: torch.Generator) -> Tensor:
     all from some number on."""
     t, kind = torch.rand(2, batch, 1, generator=generator)  # (B, 1)
     number = ((torch.arange(LENGTH) - PROMPT_LENGTH) // 2).clamp(max=2 * COLUMNS)  # (L,) the answer is one number
+    # Half of these lie at or before the first number: everything is masked.
     start = torch.randint(-2 * COLUMNS, 2 * COLUMNS + 1, (batch, 1), generator=generator)  # (B, 1)
     return torch.where(kind < 1 / 3, torch.rand(batch, LENGTH, generator=generator) < t, number >= start)
 
@@ -265,13 +262,12 @@ Report = Callable[[int, float, mdlm.MDLM], None]  # step, loss, the model so far
 
 def build(settings: Settings) -> mdlm.MDLM:
     """A fresh model; its weights are drawn from PyTorch's global generator."""
-    model = mdlm.MDLM(
-        mdlm.ModelConfig(
-            vocab_size=len(VOCABULARY), width=settings.width, layers=settings.layers, heads=4, kv_heads=4,
-            hidden=3 * settings.width, max_length=LENGTH, mask_id=MASK, eos_id=EOS, pad_id=PAD,
-            rope_theta=100.0,  # wavelengths for 47 positions, not thousands
-        )
+    config = mdlm.ModelConfig(
+        vocab_size=len(VOCABULARY), width=settings.width, layers=settings.layers, heads=4, kv_heads=4,
+        hidden=3 * settings.width, max_length=LENGTH, mask_id=MASK, eos_id=EOS, pad_id=PAD,
+        rope_theta=100.0,  # wavelengths for 47 positions, not thousands
     )  # fmt: skip
+    model = mdlm.MDLM(config)
     torch.nn.init.normal_(model.embed.weight, std=0.3)  # the default 1 drowns what the layers add
     return model
 
@@ -349,8 +345,8 @@ def workers(count: int) -> Iterator[Callable[..., Iterator]]:
         yield run
         pool.shutdown()
     except BrokenProcessPool:
-        raise RuntimeError("a process ended before its work was done, as when memory runs out: the same command goes on "
-                           "with what is missing") from None  # fmt: skip
+        raise RuntimeError("a process ended before its work was done, as when memory runs out: the same command goes "
+                           "on with what is missing") from None  # fmt: skip
     finally:
         ours.close()
         pool.shutdown(cancel_futures=True)
@@ -383,9 +379,9 @@ ASKED, CHECKED, EVERY = 300, 40, 200  # validation problems at the end, and whil
 
 
 def plan_members(settings: Settings, members: int = 2) -> Plan:
-    """Members "A", "B", ... of the same settings, each in a folder of its own name; ValueError if there are too many."""
+    """Members "A", "B", ... of the same settings, each in a folder of its name; ValueError if there are too many."""
     if not 1 <= members <= len(NAMES):
-        raise ValueError(f"members is {members}, but must be from 1 to {len(NAMES)}")
+        raise ValueError(f"members is {members}: give 1 to {len(NAMES)}")
     return {name: (settings, name) for name in NAMES[:members]}
 
 
@@ -396,22 +392,27 @@ def train_members(plan: Plan, out: str | os.PathLike, device: str = "cpu") -> li
     and devices that cannot work, before any training; RuntimeError when a training process dies.
     """
     todo = {Path(out) / name: member for name, member in plan.items() if not read_record(Path(out) / name, *member)}
-    try:
-        torch.zeros(1, device=device).item()  # "meta" holds no value
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not to be had here; try cpu") from None
+    check_device(device)
     try:
         for folder in todo:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / PART).write_text("")
             (folder / PART).unlink()
-        for folder in todo:  # all can be written, and none is complete from now on
+        for folder in todo:  # only after all have proved writable: from here on none counts as complete
             (folder / RECORD).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"cannot write to folder {folder}: {error.strerror}; give another") from None
     with workers(len(todo)) as run:
         list(run(_work, [(folder, *member, device, place) for place, (folder, member) in enumerate(todo.items())]))
     return [json.loads((Path(out) / name / RECORD).read_text()) for name in plan]
+
+
+def check_device(device: str) -> None:
+    """ValueError with torch's reason where nothing can be computed on the device."""
+    try:
+        torch.zeros(1, device=device).item()  # "meta" holds no value
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
@@ -436,7 +437,8 @@ def _work(job: tuple[Path, Settings, str, str, int]) -> None:
         def report(step: int, loss: float, model: mdlm.MDLM) -> None:
             if step % EVERY == 0:
                 some = asked[:CHECKED], solve(model, asked[:CHECKED], device)
-                curve.append({"step": step, "loss": loss, "products": right(*some, PRODUCTS), "answer": right(*some, ANSWER)})
+                learnt = {"products": right(*some, PRODUCTS), "answer": right(*some, ANSWER)}
+                curve.append({"step": step, "loss": loss, **learnt})
             known = ", products {products:.0%} right, answer {answer:.0%}".format_map(curve[-1]) if curve else ""
             bar.set_postfix_str(f"loss {loss:.2f}{known}", refresh=False)
             bar.update()
@@ -459,7 +461,7 @@ def _work(job: tuple[Path, Settings, str, str, int]) -> None:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot write to folder {folder}: {error}; make room, or give another") from None
         except RuntimeError as error:  # too little memory, for one
-            raise ValueError(f"training of member {folder.name} failed: {error}") from None
+            raise ValueError(f"training of member {folder.name} failed: {error}; try another --device") from None
 
 
 # --- command line -------------------------------------------------------------------------------------
@@ -474,10 +476,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     text, _, example = (__doc__ or "").partition("Example: ")
-    parser = Parser(
-        prog="train_toy.py", description=text.splitlines()[0], epilog=f"example: {example}", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog="train_toy.py", description=text.splitlines()[0], epilog=f"example: {example}",
+                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     for f in fields(Settings):
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f.metadata["help"])
     parser.add_argument("--members", type=int, default=2, help=f"members to train, at most {len(NAMES)}")
@@ -496,14 +496,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_toy.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("train_toy.py: interrupted; the same command goes on with the members that are not complete",
-              file=sys.stderr)  # fmt: skip
+        print("train_toy.py: interrupted; the same command goes on with what is missing", file=sys.stderr)
         return 130
     for record in records:
-        points = ["step {step}: loss {loss:.3f}, products right in {products:.0%}, answer in {answer:.0%}".format_map(point)
-                  for point in record["curve"]]  # fmt: skip
-        print("member {name}: {validation_accuracy:.1%} of {validation_problems} validation problems right, all products in "
-              "{products_right:.1%}, trained in {seconds:.0f} s".format_map(record))  # fmt: skip
+        print("member {name}: {validation_accuracy:.1%} of {validation_problems} validation problems right, all "
+              "products in {products_right:.1%}, trained in {seconds:.0f} s".format_map(record))  # fmt: skip
+        point = "step {step}: loss {loss:.3f}, products right in {products:.0%}, answer in {answer:.0%}"
+        points = [point.format_map(entry) for entry in record["curve"]]
         print(textwrap.indent("\n".join(points + record["mistakes"]), "    "))
     return 0
 

@@ -5,6 +5,7 @@ toy members, a LLaDA and a Dream with their tokenizers, questions, and the recor
 called in this process, except where processes or the size of files matter.
 """
 
+import errno
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -146,10 +148,11 @@ ARGUMENTS = [
     *[(f"eval --problems {count}", f"--problems {count}: give 1 to {AVAILABLE}") for count in (0, -1, AVAILABLE + 1)],
     (f"eval --trace {AVAILABLE + 1}", f"--trace {AVAILABLE + 1}: give 1 to {AVAILABLE}"),
     *[(f"eval --problem-seed {seed}", f"--problem-seed {seed}: give") for seed in (-1, 2**32)],
-    ("eval --seed -1", "seed is -1, but must be from 0"),
-    ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296, but must be from 0"),
-    ("eval --steps 0", "steps is 0, but must be from 1"),
-    *[(f"eval --table 1 --seeds {n}", f"--seeds must be at least 1 and at most 1000, not {n}") for n in (0, 10**9)],
+    ("eval --seed -1", "seed is -1: give 0 to 4294967295"),
+    ("eval --seed 4294967295 --seeds 2 --table 3", "seed is 4294967296: give 0 to"),
+    ("eval --steps 0", "steps is 0: give 1 to 1000000"),
+    *[(f"eval --table 1 --seeds {n}", f"--seeds must be at {most}, not {n}")
+      for n, most in ((0, "least 1"), (10**9, "most 1000"))],
     *[(f"{line} 0", f"{line.split()[-1]} must be at least 1, not 0")
       for line in ("eval --trace", "eval --batch-size", f"{REAL} --limit")],
     *[(f"eval {option} ''", f"{option} ... an empty path") for option in ("--out", "--checkpoints", "--data", "--figure")],
@@ -175,10 +178,10 @@ ARGUMENTS = [
     # training
     ("train_toy --step 3", "--step"),
     ("train_toy --steps many", "--steps ... 'many'"),
-    ("train_toy --lr nan", "lr is nan, but must be from"),
-    *[(f"train_toy --members {count}", f"members is {count}") for count in (0, 5)],
-    *[(f"train_toy --device {device} --out checkpoints/toy-seed0 --seed 1", f"device '{device}' ... try cpu")
-      for device in ("abacus", "meta")],
+    ("train_toy --lr nan", "lr is nan: give 1e-09 to 1"),
+    *[(f"train_toy --members {count}", f"members is {count}: give 1 to 4") for count in (0, 5)],
+    *[(f"train_toy --device {device} --out checkpoints/toy-seed0 --seed 1", f"--device {device} cannot be used: {why}")
+      for device, why in (("abacus", "Expected one of cpu"), ("meta", "Tensor.item() ... meta tensors"))],
 ]  # fmt: skip
 
 CONFIG = [  # of a toy member; more of them in test_mdlm
@@ -249,11 +252,11 @@ DAMAGED = [
     *[(f"{line} --out {out}", f"cannot use {out}: ... mend that")
       for line, out in ((TOY, "gsm8k.jsonl"), (TOY, "gsm8k.jsonl/deeper"), (TOY, "x" * 300), (REAL, "gsm8k.jsonl"))],
     (f"{TOY} --figure gsm8k.jsonl", "cannot use --figure gsm8k.jsonl ... mend that"),
-    (f"{AGAIN} --interval 5", "results holds results of another config: give another --out"),
-    (f"{AGAIN} --problems 4 --seed 1", "results holds results of another problems, training, questions: give another --out"),
-    (f"{REAL} --out results", "results holds results of another task ... give another --out"),
-    (AGAIN, "results holds results of another weights of B: give another --out", at(B, reweighted)),
-    (AGAIN, "results holds results of another questions: give another --out",
+    (f"{AGAIN} --interval 5", "results holds results that differ in config: give another --out"),
+    (f"{AGAIN} --problems 4 --seed 1", "holds results that differ in problems, training, questions: give another --out"),
+    (f"{REAL} --out results", "results holds results that differ in task ... give another --out"),
+    (AGAIN, "results holds results that differ in weights of B: give another --out", at(B, reweighted)),
+    (AGAIN, "results holds results that differ in questions: give another --out",
      settings(lambda value: value["fingerprints"].update(questions="0"))),
     *[(AGAIN, "results/settings.json is missing or damaged: move", damage) for damage in SETTINGS],
     *[(AGAIN, f"results/{TIE}, line 1, is no record: move the file away", record(line)) for line in NO_RECORDS],
@@ -374,6 +377,18 @@ def test_output_that_goes_nowhere(rest, code, told, place):
         assert part in done.stderr and done.stderr.count("\n") == bool(told)
     if "--json" in rest and code == 0:
         assert json.loads(done.stdout)["problems"] == 3
+
+
+@pytest.mark.parametrize("error, told", [
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files; with --out the same command goes on"),
+    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+     "CUDA out of memory: lower --batch-size, or give each member a --device of its own"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_told_on_stderr_and_stdout_stays_open(error, told, monkeypatch, capfd):
+    monkeypatch.setattr(evaluation, "run_toy", Mock(side_effect=error))
+    assert evaluation.main([]) == 1
+    os.write(1, b"still open")
+    assert capfd.readouterr() == ("still open", f"eval.py: {told}\n")
 
 
 @pytest.mark.parametrize(

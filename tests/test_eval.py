@@ -103,7 +103,7 @@ def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
 def test_wilson_interval_holds_the_accuracies_not_rejected_at_five_percent(correct):
-    low, high = evaluation.accuracy(correct)["ci95"]
+    low, high = evaluation.proportion(correct)["ci95"]
     n, p = len(correct), sum(correct) / len(correct)
     for q in np.linspace(0.001, 0.999, 200):
         inside = abs(p - q) <= 1.96 * np.sqrt(q * (1 - q) / n)

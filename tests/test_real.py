@@ -95,7 +95,7 @@ def test_killed_in_the_middle_it_goes_on_with_the_same_records(folders, data, tm
     assert set(before) <= set(rows(killed)) and rows(killed) == rows(whole)
 
 
-def test_two_processes_share_the_questions(folders, data, tmp_path):
+def test_two_processes_share_the_questions(folders, data, tmp_path, monkeypatch, capsys):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     line = arguments(folders, data, "--out", tmp_path, "--single")
     done = subprocess.run([*torchrun, ROOT / "eval.py", *line], capture_output=True, text=True, check=False,
@@ -105,7 +105,39 @@ def test_two_processes_share_the_questions(folders, data, tmp_path):
     for name, (first, second) in files.items():
         ids = [json.loads(row)["id"] for file in (first, second) for row in file.read_text().splitlines()]
         assert len(set(ids)) == len(ids) == 10, name
-    assert [row["method"] for row in json.loads((tmp_path / "summary.json").read_text())["rows"]] == ["member llada", "member dream"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["method"] for row in summary["rows"]] == ["member llada", "member dream"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "01":  # where nothing is left to do, the first process alone prints the results
+        monkeypatch.setenv("RANK", rank)
+        assert evaluation.main(line) == 0
+        assert ("gsm8k: 10 problems" in capsys.readouterr().out) == (rank == "0")
+
+
+@pytest.mark.parametrize("gpus, local, places", [(0, 1, "cpu cpu"), (1, 1, "cuda:0 cuda:0"), (2, 0, "cuda:0 cuda:1"),
+                                                 (4, 1, "cuda:2 cuda:3"), (4, 2, "cuda:0 cuda:1")])  # fmt: skip
+def test_processes_and_their_members_take_the_gpus_in_turn(gpus, local, places, monkeypatch):
+    for name, value in {"RANK": local, "WORLD_SIZE": 3, "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(evaluation.train_toy, "check_device", lambda device: None)
+    assert evaluation.places_of(2, None) == places.split()
+    assert evaluation.places_of(2, ["cpu"]) == ["cpu", "cpu"]
+    with pytest.raises(ValueError, match="--device would put every process on the same GPUs: leave it out"):
+        evaluation.places_of(2, ["cuda:0", "cuda:1"])
+
+
+def test_graders_and_lengths_are_checked_before_a_weight_is_read(folders, data, tmp_path, monkeypatch, capsys):
+    asked, load = [], evaluation.mdlm.load
+    monkeypatch.setattr(evaluation.mdlm, "load", lambda folder, to, *rest: asked.append(to) or load(folder, "meta"))
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"question": "9" * 2000, "answer": "#### 1"}))
+    assert evaluation.main(arguments(folders, long)) == 2
+    assert "over 1024 of member 'llada'" in capsys.readouterr().err and {*asked} == {"meta"}
+    evaluation._grader.cache_clear()
+    monkeypatch.setattr(evaluation, "_GRADER", "raise ImportError")
+    assert evaluation.main(arguments(folders, data)) == 2
+    assert "pip install math-verify" in capsys.readouterr().err and {*asked} == {"meta"}
 
 
 def test_members_alone_and_post_generation(folders, data, capsys):
@@ -114,11 +146,11 @@ def test_members_alone_and_post_generation(folders, data, capsys):
     assert [(row["method"], row["paper"]) for row in alone] == [("member llada", 78.77), ("member dream", 78.39)]
     assert evaluation.main(arguments(folders, data, "--limit", 2, "--interval", 256)) == 0
     out = capsys.readouterr().out
-    assert "post-generation" in out and "oracle" in out and "80.29" in out
+    assert "post-generation" in out and "oracle" in out and "80.29" in out and "paper, own setting" in out
 
 
-def test_other_questions_or_weights_are_other_results(folders, data, tmp_path, capsys):
-    """Under the same names and paths; also in the last bytes of a large file."""
+def test_other_questions_or_weights_are_other_results(folders, data, tmp_path, monkeypatch, capsys):
+    """Under the same names and paths; also in the last bytes of a large file. The same ones may be moved."""
     copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
     own = shutil.copy(data, tmp_path / "own.jsonl")
     line = arguments(copies, own, "--limit", 2, "--out", tmp_path / "out")
@@ -126,12 +158,23 @@ def test_other_questions_or_weights_are_other_results(folders, data, tmp_path, c
     text = Path(own).read_text()
     for changed in (text.replace("Tom", "Tim"), text.replace("#### ", "#### 1")):
         Path(own).write_text(changed)
-        assert evaluation.main(line) == 2 and "another questions: give another --out" in capsys.readouterr().err
+        assert evaluation.main(line) == 2 and "differ in questions: give another --out" in capsys.readouterr().err
     Path(own).write_text(text)
+    moved = {name: shutil.copytree(folder, tmp_path / f"moved-{name}") for name, folder in copies.items()}
+    renamed = shutil.copy(own, tmp_path / "renamed.jsonl")
+    line = arguments(moved, renamed, "--limit", 2, "--out", tmp_path / "out", "--batch-size", 1)
+    with monkeypatch.context() as patch:  # their contents are what counts, and batches do not
+        patch.setattr(evaluation, "decode_questions", lambda *_: pytest.fail("decoded anew"))
+        assert evaluation.main(line) == 0
+    assert evaluation.main(arguments(dict(reversed(copies.items())), own, "--limit", 2, "--out", tmp_path / "out")) == 2
+    assert "differ in order of members: give another --out" in capsys.readouterr().err
+    line = arguments(copies, own, "--limit", 2, "--out", tmp_path / "out")
+    assert evaluation.main([*line, "--limit", "3"]) == 2
+    assert "differ in questions: give another --out" in capsys.readouterr().err
     file = copies["dream"] / "model.safetensors"
     weights = load_file(file)
     save_file(weights | {HEADS["dream"][1]: weights[HEADS["dream"][1]] + 1e-6}, file)
-    assert evaluation.main(line) == 2 and "another weights of dream: give another --out" in capsys.readouterr().err
+    assert evaluation.main(line) == 2 and "differ in weights of dream: give another --out" in capsys.readouterr().err
     save_file(weights, file)
     (copies["dream"] / "README.md").write_text("not read")
     assert evaluation.main(line) == 0
@@ -200,6 +243,8 @@ RESPONSE = SimpleNamespace(headers={}, request=None, status_code=403)
     (errors.RepositoryNotFoundError("x", response=RESPONSE), "no such model"),
     (errors.LocalEntryNotFoundError("first line\nsecond"), "cannot be reached"),
     (OSError("first line\nsecond"), "cannot be reached"),
+    (OSError(), r"cannot be reached \(OSError: \)"),
+    (Exception("407 Proxy Authentication Required"), "cannot be reached .*407"),  # of its HTTP library, no OSError
 ], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_what_the_hub_does_not_give_is_one_line(error, words, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))

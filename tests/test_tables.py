@@ -205,7 +205,7 @@ def test_restarts_are_of_problems_that_one_member_failed_and_the_other_solved(fa
 
 def test_a_cell_without_problems_has_no_value():
     none = evaluation.Run([], ["A"])
-    own = evaluation.Table("t", {"r": none}, {"c": {"x": evaluation.excess(0.5, evaluation.accuracy(none.correct))}})
+    own = evaluation.Table("t", {"r": none}, {"c": {"x": evaluation.above(evaluation.proportion(none.correct), 0.5)}})
     assert own.cells == [{"row": "r", "column": "accuracy", "value": None, "ci95": None, "n": 0, "forwards": None}]
     assert own.claims == [
         {"claim": "c", "verdict": "undecided", "comparisons": [{"name": "x", "difference": None, "ci95": None}]}
@@ -243,10 +243,11 @@ def test_a_cache_is_put_around_each_member(tmp_path):
 
 
 def test_a_share_is_of_what_differs():
-    records = [{"texts": [["12", "345"], ["12", ""]]}, {"texts": [["12", "345678."], ["13", "3"]]}]
+    """Token by token, also behind a text that EOS in the reasoning cut short."""
+    records = [{"texts": [["12", "345"], ["12", ""]]}, {"texts": [["1", "345678."], ["13", "3"]]}]
     texts = [evaluation.written(record) for record in records]
-    assert len(texts[0]) == len(texts[1]) == 2 * (2 + train_toy.ANSWER_LENGTH)
-    assert evaluation.differing(texts[:1], texts[1:]) == [(5 + 2 - 1) / len(texts[0])]
+    assert len(texts[0]) == len(texts[1]) == 2 * evaluation.T
+    assert evaluation.differing(texts[:1], texts[1:]) == [(1 + 4 + 1 + 1) / (2 * evaluation.T)]
     assert evaluation.differing([[0, 1], []], [[0, 0], []]).tolist() == [0.5]
 
 
