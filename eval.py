@@ -885,11 +885,11 @@ class Trace:
         authors = authors.masked_fill(new, m)  # (1, L)
         changed = torch.zeros_like(reading.relevant)  # (1, A)
         if last is not None:
-            changed = (reading.answer_top1 != last.answer_top1) & last.relevant
+            changed = (reading.answer_token != last.answer_token) & last.relevant
         self.states[m] = after, authors, reading
         tokens = after.tokens.masked_fill(after.masked, train_toy.MASK)  # (1, L)
         held, by = (torch.cat([x[0, canvas.reasoning], x[0, canvas.answer]]).tolist() for x in (tokens, authors))
-        self.frames[m].append(Frame(held, by, reading.answer_top1[0].tolist(), changed[0].tolist()))
+        self.frames[m].append(Frame(held, by, reading.answer_token[0].tolist(), changed[0].tolist()))
         return new.gather(1, reading.positions)
 
     def relay(self, state: dict) -> None:

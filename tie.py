@@ -245,7 +245,7 @@ class Reading(NamedTuple):
     token: Tensor  # (B, W) int64, their top-1
     confidence: Tensor  # (B, W) float32, its probability; -1 where nothing may be committed
     logits: Tensor  # (B, W, V) for a commit rule of the caller's own, while it is asked; (B, W, 0) otherwise
-    answer_top1: Tensor  # (B, A) int64, top-1 at the answer positions, or the token itself once committed
+    answer_token: Tensor  # (B, A) int64, top-1 at the answer positions, or the token itself once committed
     relevant: Tensor  # (B, A) bool, A^(t)
     top1: Tensor  # (B,) float32, mean top-1 probability over A^(t)
     score: Tensor  # (B,) float32, the logit score of `config.score`; top1 where none was asked for
@@ -307,9 +307,9 @@ class Run:
         probability, token = predict(logits, mask_id)  # (B, K)
         relevant = undecided.gather(1, window)  # (B, w)
         nan = (probability.isnan() & torch.cat([masked, relevant], 1)).any(1)  # (B,)
-        answer_top1 = torch.where(relevant, token[:, W:], answer.gather(1, window))  # (B, w)
+        answer_token = torch.where(relevant, token[:, W:], answer.gather(1, window))  # (B, w)
         for eos in self.member.eos_ids:
-            relevant = relevant & (answer_top1 != eos)
+            relevant = relevant & (answer_token != eos)
         top1 = score = mean_over(probability[:, W:], relevant)  # (B,)
         if scored:
             value = LOGIT_SCORES[self.config.score](probability[:, W:], logits[:, W:], mask_id)  # (B, w)
@@ -319,7 +319,7 @@ class Run:
             positions=block, masked=masked, token=token[:, :W], confidence=probability[:, :W].masked_fill(~masked, -1),
             # Never a view: some models write the next logits into the same memory, and it would keep all of these.
             logits=logits[:, :W, : logits.shape[2] if self.config.commit else 0].clone(),
-            answer_top1=answer.scatter(1, window, answer_top1),
+            answer_token=answer.scatter(1, window, answer_token),
             relevant=torch.zeros_like(undecided).scatter(1, window, relevant),
             top1=top1, score=score, nan=nan,
         )  # fmt: skip
@@ -334,7 +334,7 @@ class Run:
         if not self.history:
             return torch.full_like(self.top1, UNSCORED), torch.full_like(self.top1, UNSCORED)
         self.check_nan(self.history)
-        tokens = torch.stack([reading.answer_top1 for reading in self.history])  # (n, B, A)
+        tokens = torch.stack([reading.answer_token for reading in self.history])  # (n, B, A)
         relevant = torch.stack([reading.relevant for reading in self.history])  # (n, B, A)
         at_work = torch.stack([reading.masked.any(1) for reading in self.history])  # (n, B)
         relevant[:-1] &= at_work[1:, :, None]  # a comparison takes two forwards of the row itself

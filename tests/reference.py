@@ -1,4 +1,4 @@
-"""TIE once more, slowly: one row, one member, one position at a time, in lists and loops; and fake models.
+"""TIE once more, slowly: one row, one member, one position at a time, in lists and loops; and fake models and vocabularies.
 
 Written from the paper and the decisions listed in tie.py's texts, not from its code: nothing but Member, Config and
 Canvas is taken from there. Rows are stripped of their padding, and the denoiser is asked for every position at once.
@@ -365,7 +365,7 @@ def broken(data: bytes) -> set[int]:
     return bad
 
 
-# --- fake models --------------------------------------------------------------------------------------
+# --- fake models and vocabularies ---------------------------------------------------------------------
 
 
 class Fake:
@@ -417,3 +417,28 @@ class Watched:
         logits = self.denoise(tokens, positions, attention_mask)
         self.calls.append((tokens.clone(), positions.clone(), logits.clone()))
         return logits
+
+
+class Pieces:
+    """A vocabulary of byte strings; the longest that fits goes first. Special tokens are those without bytes."""
+
+    def __init__(self, *pieces: bytes):
+        self.pieces = pieces
+        self.special = [i for i, piece in enumerate(pieces) if not piece]
+
+    def encode(self, text: str) -> list[int]:
+        ids, data = [], text.encode()
+        while data:
+            fits = [i for i, piece in enumerate(self.pieces) if piece and data.startswith(piece)]
+            ids.append(max(fits, key=lambda i: len(self.pieces[i])))
+            data = data[len(self.pieces[ids[-1]]) :]
+        return ids
+
+    def decode(self, ids: list[int]) -> bytes:
+        return b"".join(self.pieces[i] for i in ids)
+
+
+ALPHABET = "aA \u00d0\u2410\U00010410"  # the last three have two, three and four bytes, all but the first of them 0x90
+BYTES = [bytes([byte]) for byte in sorted(set(ALPHABET.encode()))]
+SHORT = Pieces(b"", b"", *BYTES, b"")
+LONG = Pieces(b"AaA", *BYTES, b"", b"aA", b"\xc3\x90", b"a\xc3", b"\x90\xe2", b"\x90\x90", b"", b"")

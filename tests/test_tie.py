@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from reference import NEAR, Constant, Fake, Unclear, Watched, guess
+from reference import LONG, NEAR, SHORT, Constant, Fake, Unclear, Watched, guess
 from reference import ensemble as reference_ensemble
 from torch.overrides import TorchFunctionMode
 
@@ -84,28 +84,41 @@ def settings_for(draw, M, quotas=QUOTAS, **fixed):
 
 
 @st.composite
-def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS + RULES, begun=True, **fixed):
-    """Members of one vocabulary, prompts of unequal length, settings; `begun`: perhaps partly decoded canvases."""
-    M, vocab, eos_id = draw(members), draw(st.integers(6, 12)), draw(st.sampled_from([1, 2, (1, 2)]))
-    mask_id = draw(st.sampled_from([0, vocab - 2, vocab - 1]))
-    seeds = draw(st.lists(SEED, min_size=M, max_size=M))
-    seeds = seeds[:1] * M if draw(st.integers(0, 5)) == 0 else seeds  # all the same
-    tokens = st.integers(0, vocab - 1)
-    prompts = draw(st.lists(st.lists(tokens, max_size=4), min_size=1, max_size=3))
+def shared(draw, codec, B):
+    """What members of one vocabulary have in common: the mask id, two more special tokens, EOS, B prompts to answer."""
+    tokens = st.integers(0, len(codec.pieces) - 1)
+    mask_id, *ends = draw(st.permutations(codec.special))
+    eos_id = draw(st.sampled_from([ends[0], tuple(ends)]))
+    prompts = draw(st.lists(st.lists(tokens, max_size=4), min_size=B, max_size=B))
+    lengths = draw(st.sampled_from([(9, 7), (8, 6), (7, 5), (6, 8), (4, 5), (3, 2), (1, 1), (5, 0), (0, 6)]))
     suffix, pad_id = draw(st.lists(tokens, max_size=2)), draw(tokens)
-    lengths = draw(st.sampled_from([(9, 7), (8, 6), (7, 5), (6, 7), (4, 5), (3, 2), (1, 1), (5, 0), (0, 6)]))
-    canvas = Canvas.blank(prompts, suffix, *lengths, mask_id=mask_id, pad_id=pad_id)
-    canvases = [deepcopy(canvas) for _ in range(M)]
-    if begun and draw(st.integers(0, 3)) == 0:
-        for c, seed in zip(canvases, seeds):  # some reasoning is given already, not the same to all
-            given_ = torch.rand(c.masked.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
-            given_[:, : c.reasoning.start] = given_[:, c.reasoning.stop :] = False
-            c.tokens[given_], c.masked[given_] = 3, False
-            c.tokens[c.masked] = 4  # what stands under a mask is of no account
-            c.tokens[:, : c.reasoning.start] += seed  # and each member has the question in words of its own
-            c.tokens %= vocab
-    config = draw(settings_for(M, quotas, **fixed))
-    return Problem([Member(Fake(s, vocab, mask_id, 1), mask_id, eos_id, f"m{s}") for s in seeds], canvases, config)
+    return mask_id, ends, eos_id, Canvas.blank(prompts, suffix, *lengths, mask_id=mask_id, pad_id=pad_id)
+
+
+def begun(canvas, seed, vocab):
+    """With some tokens given, others under the masks, where they are of no account, and a question in its own words."""
+    given_ = torch.rand(canvas.masked.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    tokens = canvas.tokens.masked_fill(canvas.masked, 2 + seed % 5)  # text in both vocabularies
+    tokens[:, : canvas.reasoning.start] += seed
+    tokens[:, : canvas.reasoning.start] %= vocab
+    return replace(canvas, tokens=tokens, masked=canvas.masked & ~given_)
+
+
+@st.composite
+def problems(draw, members=ONE_TO_FOUR, quotas=QUOTAS + RULES, mixed=False, blank=False, **fixed):
+    """Members of one vocabulary, or `mixed`, prompts of unequal length, settings; canvases may be begun or all blank."""
+    M, B = draw(members), draw(st.integers(1, 3))
+    codecs = draw(st.lists(st.sampled_from([SHORT, LONG]), min_size=M, max_size=M))
+    codecs = codecs if mixed else codecs[:1] * M
+    common = {codec: draw(shared(codec, B)) for codec in dict.fromkeys(codecs)}
+    bare, blank = len(common) == 1 and draw(st.booleans()), blank or draw(st.integers(0, 3)) > 0
+    problem = Problem([], [], draw(settings_for(M, quotas, **fixed)))
+    for codec in codecs:
+        (mask_id, ends, eos_id, canvas), seed = common[codec], draw(SEED | st.integers(0, 2))  # members may be alike
+        fake = Fake(seed, len(codec.pieces), mask_id, ends[seed % 2])
+        problem.members.append(Member(fake, mask_id, eos_id, f"m{seed}", None if bare else codec))
+        problem.canvases.append(canvas if blank else begun(canvas, seed, len(codec.pieces)))
+    return problem
 
 
 def small(seeds, **settings) -> Problem:
@@ -257,7 +270,7 @@ def test_equal_confidences_go_to_the_lower_position():
     assert [x["masked"][0][0].nonzero().flatten().tolist() for x in seen.rounds] == [[4, 5, 6, 7, 8], [7, 8], []]
 
 
-@given(problems(begun=False))
+@given(problems(blank=True))
 def test_answers_stay_masked_until_reasoning_is_done(problem):
     canvas = problem.canvases[0]
     for masked in [masked for state in watch(problem).rounds for masked in state["masked"]]:
@@ -415,7 +428,7 @@ def test_permuting_members_permutes_leaders_and_changes_no_output(problem, rando
     assert all(torch.equal(mine.tokens, result.candidates[m].tokens) for mine, m in zip(other.candidates, order))
 
 
-@given(problems(begun=False))
+@given(problems(blank=True))
 def test_identical_members_and_a_single_one_equal_plain_decoding(problem):
     member, canvas = problem.members[0], problem.canvases[0]
     plain = tie.decode(member, canvas, problem.config)
@@ -457,7 +470,7 @@ def test_decoding_ends_without_masks_and_a_row_has_no_more_relays_once_a_member_
         assert all((later["leader"][complete] == -1).all() for later in rounds[i:])
 
 
-@given(problems(begun=False))
+@given(problems(blank=True))
 def test_forwards_are_counted_as_the_denoisers_saw_them_and_cost_what_the_paper_says(problem):
     canvas, config, M = one_row(problem.canvases[0], 0), problem.config, len(problem.members)
     seen = watch(problem._replace(canvases=[canvas] * M))
@@ -483,11 +496,11 @@ def test_positions_asked_are_the_block_and_the_answer_only_and_of_one_member_the
 @given(problems())
 def test_inputs_are_not_changed(problem):
     kept = deepcopy(problem.canvases)
-    constant = Constant([0.0, 1.0, 3.0] + [0.5] * 9)
+    constant = Constant([0.0, 1.0, 3.0] + [0.5] * 13)
     for members in (problem.members, [replace(member, denoise=constant) for member in problem.members]):
         tie.ensemble(members, problem.canvases, problem.config)
         tie.decode(members[0], problem.canvases[0], problem.config)
-    assert constant.logits.tolist() == [0, 1, 3] + [0.5] * 9
+    assert constant.logits.tolist() == [0, 1, 3] + [0.5] * 13
     for canvas, before in zip(problem.canvases, kept):
         assert torch.equal(canvas.tokens, before.tokens) and torch.equal(canvas.masked, before.masked)
 
