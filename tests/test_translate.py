@@ -43,7 +43,7 @@ def without_rest(ids, said) -> list[tuple]:
 
 def tell(ids, sender, receiver, length):
     """The region `ids` in the receiver's `length` positions, None where masked; None where it does not fit."""
-    tokens = torch.tensor([[5, *(sender.mask_id if i is None else i for i in ids), sender.mask_id]])
+    tokens = torch.tensor([[5, *(4 if i is None else i for i in ids), 4]])  # under a mask anything may stand
     masked = torch.tensor([[False, *(i is None for i in ids), True]])
     own = Canvas.blank([[6, 7]], [8], length, 2, mask_id=receiver.mask_id, pad_id=0)
     own.tokens[0, 2], own.masked[0, 2] = 9, False
