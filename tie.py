@@ -187,9 +187,8 @@ def ensemble(
     """TIE: decode the same questions with all members, one canvas each on its member's device, relaying every n steps.
 
     Rows are independent: each has its own leader and its own end, and decodes as it would alone. Once any member has
-    completed a row, or the row has taken twice the steps that the slowest member needs alone, it is relayed no more:
-    the others finish it alone, and all M stand for selection. n >= T is the post-generation ensemble (Table 3), M = 1
-    plain decoding.
+    completed a row, or it has taken twice the steps that the slowest member needs alone, it is relayed no more: the
+    others finish it, and all M stand for selection. n >= T: post-generation ensemble (Table 3). M = 1: plain decoding.
 
     `on_round` is called at the end of every round, before its relay, with copies: {"round", "step", "tokens" and
     "masked" (lists of M (B, L)), "scores" (M, B), "leader" (B,), -1 where nothing is relayed, as after the last round}.
@@ -414,7 +413,7 @@ def block_ends(canvas: Canvas, block_size: int) -> Tensor:
 
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """W positions (B, W) that hold each row's first block with a mask, so reasoning before the answer (Sec. 4.1), and
-    which of them are its masks. They end where the block ends, or are the first W of the row."""
+    which of them are its masks. The positions end where the block ends, or are the first W of the row."""
     end = ends[canvas.masked.int().argmax(1)][:, None]  # (B, 1)
     width = min(block_size, canvas.tokens.shape[1])
     positions = (end - width).clamp(min=0) + torch.arange(width, device=end.device)  # (B, W)

@@ -262,6 +262,18 @@ def test_sampling_copies_of_a_member_differ(tmp_path):
 # --- the command on fake members -----------------------------------------------------------------------------
 
 
+def check_relays(result, score, none):
+    """A score's cell of Table 5 and its row of the main table, against the algorithm's own leaders and winners."""
+    own, right = oracle(score=score)
+    pairs = [(a != b) for row in own.leaders.T.tolist() for a, b in pairwise(row)]
+    rate = cell(result["tables"]["5"], f"tie {score}", "change rate")
+    assert rate["value"] == pytest.approx(np.mean(pairs)) and rate["n"] == len(pairs)
+    assert rate["ci95"][0] < rate["value"] < rate["ci95"][1]
+    [row] = [row for row in result["rows"] if row["score"] == score]
+    assert row["change_rate"] == pytest.approx(np.mean(pairs)) and row["forwards"] == pytest.approx(own.forwards)
+    assert row["none_alone"] == {"value": right[np.arange(PROBLEMS), own.winner][none].mean(), "n": none.sum()}
+
+
 def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
     result = tables(capsys, "--table", "all")
     found, T, TCC = result["tables"], evaluation.T, evaluation.TCC
@@ -276,14 +288,7 @@ def test_every_cell_is_what_the_algorithm_gives(fakes, capsys):
               ("10", TCC, "best model", {"selection": "best_model", "best_model": 1})]  # fmt: skip
     for score in tie.SCORES:
         cells.append(("3", f"tie {score}", "accuracy", {"score": score}))
-        own, right = oracle(score=score)
-        pairs = [(a != b) for row in own.leaders.T.tolist() for a, b in pairwise(row)]
-        rate = cell(found["5"], f"tie {score}", "change rate")
-        assert rate["value"] == pytest.approx(np.mean(pairs)) and rate["n"] == len(pairs)
-        assert rate["ci95"][0] < rate["value"] < rate["ci95"][1]
-        [row] = [row for row in result["rows"] if row["score"] == score]
-        assert row["change_rate"] == pytest.approx(np.mean(pairs)) and row["forwards"] == pytest.approx(own.forwards)
-        assert row["none_alone"] == {"value": right[np.arange(PROBLEMS), own.winner][none].mean(), "n": none.sum()}
+        check_relays(result, score, none)
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
         cells.append(("7", TCC, speed, config))
         own, right = oracle(interval=T, **config)
