@@ -98,17 +98,19 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, L, E) of rotary positions (B, L), computed in float32, in `dtype`."""
+    """Of rotary positions (B, L), cos and sin (B, L, E), the first half of sin negated, as `rotate` takes them;
+    computed in float32, in `dtype`."""
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)  # (E/2,)
-    angles = (positions[:, :, None].float() * frequency).repeat(1, 1, 2)  # (B, L, E)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, :, None].float() * frequency  # (B, L, E/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, heads, L, E) by cos and sin (B, L, E): component i with i + E/2, in their dtype; back in that of x."""
-    y = x.to(cos.dtype)
-    first, second = y.chunk(2, dim=-1)  # (B, heads, L, E/2)
-    return (y * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).to(x.dtype)
+    """Turn x (B, heads, L, E) by `rotary`'s cos and sin (B, L, E): component i with i + E/2, in their dtype; back in
+    that of x."""
+    y = x.to(cos.dtype)  # few operations follow: with small batches a GPU waits for the launch of each
+    return (y * cos[:, None] + y.roll(y.shape[-1] // 2, -1) * sin[:, None]).to(x.dtype)
 
 
 Memory = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -255,8 +257,8 @@ class Cached:
         cos, sin = (z.expand(len(tokens), -1, -1)[rows, at] for z in (cos, sin))  # (B, N, E)
 
         def memory(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            keys[rows, :, at], values[rows, :, at] = k.transpose(1, 2).to(keys.dtype), v.transpose(1, 2).to(keys.dtype)
-            return keys, values
+            index = at[:, None, :, None].expand_as(k)  # (B, G, N, E)
+            return keys.scatter_(2, index, k.to(keys.dtype)), values.scatter_(2, index, v.to(keys.dtype))
 
         chosen = needed.cumsum(1).gather(1, outputs) - 1  # (B, K), indices among the N
         memories = [functools.partial(memory, *kept) for kept in self.kept]
