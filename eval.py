@@ -1768,4 +1768,7 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.set_inheritable(2, True)
         sys.stderr = os.fdopen(2, "w")
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:  # the work is done: Python's own last moments would answer Ctrl-C with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -487,9 +487,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    keep_memory()
     try:
+        options = parse(arguments)
+        keep_memory()
         settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
         records = train_members(plan_members(settings, options.members), options.out, options.device)
     except (ValueError, RuntimeError) as error:
@@ -509,4 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, at_start)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:  # the work is done: Python's own last moments would answer Ctrl-C with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -144,6 +144,14 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, share):
     assert err == "" and code in (-signal.SIGINT, 130, 0)
 
 
+@pytest.mark.parametrize("program", COMMANDS)
+def test_ctrl_c_while_python_ends_shows_no_traceback(program):
+    interrupted = "import atexit, os, runpy, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    code = f"{interrupted}; runpy.run_path({str(ROOT / program) + '.py'!r}, run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert ended.stderr == "" and ended.returncode == 0 and "--help" in ended.stdout
+
+
 def test_a_killed_worker_ends_the_command_with_one_line(undisturbed, tmp_path):
     """As when memory ran out: exit code 1, no process is left, and nothing that was written is lost."""
     if (os.cpu_count() or 1) < 2:
