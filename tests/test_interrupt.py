@@ -148,7 +148,8 @@ def test_ctrl_c_while_torch_is_imported_shows_no_traceback(program, share):
 def test_ctrl_c_while_python_ends_shows_no_traceback(program):
     interrupted = "import atexit, os, runpy, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     code = f"{interrupted}; runpy.run_path({str(ROOT / program) + '.py'!r}, run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, "--help"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.stderr == "" and ended.returncode == 0 and "--help" in ended.stdout
 
 
