@@ -232,7 +232,7 @@ class Row:
                 own.before = {}
 
     def decode(self) -> Row:
-        """Rounds until all are complete. Relays end once one is, or after twice the steps needed."""
+        """Rounds until all are complete. No relay once one is, or after twice the steps needed."""
         alone = len(self.trajectories) == 1
         limit = 0
         for trajectory in self.trajectories:

@@ -488,7 +488,8 @@ def test_the_defaults_are_the_papers_and_a_canvas_is_padded_on_the_left():
     [
         ("score", "tcc"), ("score", ["x"]), ("interval", 2.5), ("interval", True), ("interval", 0),
         ("block_size", 0), ("top_k", 0), ("answer_window", 0), ("commit", 3),
-        ("normalize", "false"), ("normalize", 1), ("cross_model", "no"), ("threshold", True), ("threshold", "0.9"),
+        ("normalize", "false"), ("normalize", 1), ("cross_model", "no"),
+        ("threshold", True), ("threshold", "0.9"),
         ("threshold", 0.0), ("threshold", 1.01), ("threshold", math.nan),
     ],
 )  # fmt: skip
