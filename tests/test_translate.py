@@ -96,7 +96,7 @@ def test_each_token_of_a_broken_character_becomes_one_mask(pair, data):
 
 
 def test_half_a_character_next_to_a_broken_one_is_masked_too():
-    """e-acute with a byte that isn't UTF-8, then two thirds of a euro sign around an empty token."""
+    """e-acute with a byte that isn't UTF-8, then two thirds of a euro sign."""
     sender = Member(None, 5, 6, codec=Pieces(b"\xc3", b"\xa9\xff", b"\xe2", b"", b"\x82"))
     for ids in ([0, 1], [2, 3, 4]):
         assert translated(ids, sender, member(SHORT), 3) == [None, None, SHORT.special[1]]
