@@ -17,10 +17,8 @@ import hashlib
 import inspect
 import json
 import math
-import multiprocessing
 import os
 import platform
-import signal
 import sys
 import textwrap
 import zlib
@@ -166,7 +164,6 @@ class Job:
 
 
 def decode_job(job: Job) -> None:
-    torch.set_num_threads(1)  # the jobs share the cores
     members = [job.member(name, place) for place, name in enumerate(job.members)]
     questions = [Question(p.prompt, p.prompt, p.answer) for p in job.problems]
     end = train_toy.VOCABULARY[train_toy.EOS]
@@ -1158,10 +1155,8 @@ def report(
 
 
 def run_toy(args: argparse.Namespace) -> None:
-    workers = os.cpu_count() if args.device in (None, ["cpu"]) else 1
-    context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the command, not each worker by itself
-    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
+    workers = (os.cpu_count() or 1) if args.device in (None, ["cpu"]) else 1
+    with train_toy.pool(workers) as pool:
         toys = [Toy(args, seed, pool) for seed in range(args.seed, args.seed + args.seeds)]
         if "trace" in args.what:
             show_traces(toys[0])
