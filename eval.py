@@ -41,8 +41,10 @@ import train_toy
 from benchmarks import BENCHMARKS, Question
 
 T = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # steps at one token per step
-TIE = {f"tie {score}": {"score": score} for score in tie.SCORES}
-METHODS = {"post-generation": {"interval": T}} | TIE  # with n >= T nothing is relayed
+TIE: dict[str, dict] = {f"tie {score}": {"score": score} for score in tie.SCORES}
+METHODS: dict[str, dict] = {
+    "post-generation": {"interval": T}
+} | TIE  # with n >= T nothing is relayed
 TCC, *LOGIT = TIE
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5 and 1 on validation problems
 
@@ -138,7 +140,7 @@ class Job:
 
     def member(self, name: str, place: int = 0) -> tie.Member:
         """Copies of a member at other places among the members differ if they sample."""
-        dtype = self.dtype and getattr(torch, self.dtype)
+        dtype = getattr(torch, self.dtype) if self.dtype else None
         model, config = mdlm.load(self.folder / name, self.device, dtype)
         denoise: tie.Denoiser = mdlm.Cached(model, self.cache) if self.cache else model
         if self.temperature:
@@ -319,9 +321,7 @@ class Table:
     title: str
     cells: dict[str, dict[str, Any]]  # row -> column -> cell
     claims: dict[str, dict[str, Cell]] = field(default_factory=dict)  # claim -> name -> difference
-    paper: dict[str, Sequence[float]] = field(
-        default_factory=dict
-    )  # row -> the paper's own figures
+    paper: dict[str, tuple] = field(default_factory=dict)  # row -> the paper's own figures
 
     def __post_init__(self):
         for row in self.cells.values():
@@ -351,7 +351,7 @@ def merge(cells: list[Cell]) -> dict[str, Any]:
     ci95 = [low, high]
     if len(cells) > 1:
         value = float(np.mean(values))
-        text = f"{first.show(value, sign)} ± {first.show(np.std(values, ddof=1), '')}"
+        text = f"{first.show(value, sign)} ± {first.show(float(np.std(values, ddof=1)), '')}"
         ci95 = None
     n = len(first.groups[0])
     if not all(map(math.isfinite, values)):  # JSON has no NaN
@@ -369,7 +369,7 @@ def as_data(tables: list[Table]) -> dict[str, Any]:
             cells.append({"row": row, "column": column, **merged})
     claims = []
     for claim, names in first.claims.items():
-        merged = [
+        differences = [
             {"name": name, **merge([t.claims[claim][name] for t in tables])} for name in names
         ]
         verdicts = Counter(table.verdict(claim) for table in tables)
@@ -377,7 +377,7 @@ def as_data(tables: list[Table]) -> dict[str, Any]:
             f"{word} with {k} of {len(tables)} seeds" for word, k in verdicts.items()
         )
         verdict = verdict if len(tables) > 1 else first.verdict(claim)
-        claims.append({"claim": claim, "verdict": verdict, "differences": merged})
+        claims.append({"claim": claim, "verdict": verdict, "differences": differences})
     return {"title": first.title, "cells": cells, "claims": claims, "paper": first.paper}
 
 
@@ -416,8 +416,8 @@ def result_rows(runs: dict[str, Run], names: Sequence[str]) -> dict[str, dict[st
         rows["oracle"] = {"accuracy": after.right.any(1), "forwards": after.forwards}
     for name, run in runs.items():
         rows[name] = {"accuracy": run.correct, "forwards": run.forwards}
-        if after:
-            rows[name] |= ahead(run, after)
+        for rival, difference in ahead(run, after).items() if after else ():
+            rows[name][f"- {rival.removeprefix('the ')}"] = difference
         if after and run is not after:
             rows[name]["of those unsolved alone"] = run.correct[~after.right.any(1)]
         if len(run.changes):
@@ -428,8 +428,8 @@ def result_rows(runs: dict[str, Run], names: Sequence[str]) -> dict[str, dict[st
 def ahead(run: Run, after: Run) -> dict[str, Cell]:
     """How far a run is ahead of the best member and of the post-generation ensemble."""
     return {
-        "- best member": gain(run.correct, after.best),
-        "- post-generation": gain(run.correct, after.correct),
+        "the best member": gain(run.correct, after.best),
+        "post-generation": gain(run.correct, after.correct),
     }
 
 
@@ -480,7 +480,9 @@ def table_2(toy: Toy) -> Table:
             row[start] = toy.run([name], problems, job, interval=T).correct
         difference = Cell((row["first 50 %"] - 0.5,), signed=True)
         half[f"member {name} - half"] = difference
-    claims = {"From the first 50 %, a member corrects more than half of what it failed alone": half}
+    claim = (
+        "Restarted from the first 50 %, a member corrects more than half of what it failed alone"
+    )
     paper = {
         "LLaDA, MMLU": (56.43, 65.22),
         "Dream, MMLU": (68.84, 76.57),
@@ -488,7 +490,7 @@ def table_2(toy: Toy) -> Table:
         "Dream, GSM8K": (78.63, 80.92),
     }
     title = "correction rate after a restart from another member's correct trajectory, %"
-    return Table(title, rows, claims, paper)
+    return Table(title, rows, {claim: half}, paper)
 
 
 def table_3(toy: Toy) -> Table:
@@ -498,9 +500,9 @@ def table_3(toy: Toy) -> Table:
     for name, row in result_rows(runs, toy.names).items():
         rows[name] = {column: row[column] for column in ("accuracy", "forwards")}
     claims = {}
-    for rival in ("best member", "post-generation"):
-        gains = {name: ahead(runs[name], after)[f"- {rival}"] for name in TIE}
-        claims[f"TIE is ahead of the {rival} with every score"] = gains
+    for rival in ("the best member", "post-generation"):
+        gains = {f"{name} - {rival}": ahead(runs[name], after)[rival] for name in TIE}
+        claims[f"TIE is ahead of {rival} with every score"] = gains
     names = ("LLaDA, GSM8K", "Dream, GSM8K", *METHODS)
     paper = {name: (x,) for name, x in zip(names, BENCHMARKS["gsm8k"].table_3)}
     return Table("main result, accuracy %", rows, claims, paper)
@@ -529,38 +531,39 @@ def table_6(toy: Toy) -> Table:
 def table_7(toy: Toy) -> Table:
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     claims = {}
-    speeds = {"threshold 0.9": {"threshold": 0.9}, "top-k 2": {"top_k": 2}}
-    for speed, settings in ({"one token a step": {}} | speeds).items():
+    speeds: dict[str, dict] = {
+        "one token a step": {},
+        "threshold 0.9": {"threshold": 0.9},
+        "top-k 2": {"top_k": 2},
+    }
+    for speed, settings in speeds.items():
         runs = {"post-generation": toy.run(interval=T, **settings), TCC: toy.run(**settings)}
         for name, row in result_rows(runs, toy.names).items():
             rows[name][speed] = row["accuracy"]
             rows[name][f"forwards, {speed}"] = row["forwards"]
-        claims[f"TIE is ahead with {speed}"] = ahead(runs[TCC], runs["post-generation"])
+        gains = ahead(runs[TCC], runs["post-generation"])
+        claims[f"TIE is ahead with {speed}"] = {f"TIE - {name}": x for name, x in gains.items()}
     return Table("accelerated decoding, accuracy %", rows, claims)
-
-
-def paired(rows: dict[str, dict[str, np.ndarray]], claim: str) -> dict[str, dict[str, Cell]]:
-    """A claim per row that its second column is ahead of the first."""
-    claims = {}
-    for row, columns in rows.items():
-        (first, theirs), (second, ours) = columns.items()
-        claims[f"{claim} {row}"] = {f"{second} - {first}": gain(ours, theirs)}
-    return claims
 
 
 def table_8(toy: Toy) -> Table:
     rows = {TCC: {"without": toy.run(normalize=False).correct, "with": toy.run().correct}}
-    claims = paired(rows, "Normalisation helps")
+    claims = {
+        "Normalisation helps": {"with - without": gain(rows[TCC]["with"], rows[TCC]["without"])}
+    }
     paper = {"GSM8K": (82.64, 83.47), "MATH500": (47.8, 48.6)}
     return Table("normalisation of the token change count, accuracy %", rows, claims, paper)
 
 
 def table_9(toy: Toy) -> Table:
     rows = {}
+    claims = {}
     for name in LOGIT:
         source = toy.run(cross_model=False, **TIE[name]).correct
-        rows[name] = {"source-only": source, "cross-model": toy.run(**TIE[name]).correct}
-    claims = paired(rows, "Cross-model scoring helps")
+        cross = toy.run(**TIE[name]).correct
+        rows[name] = {"source-only": source, "cross-model": cross}
+        difference = {"cross-model - source-only": gain(cross, source)}
+        claims[f"Cross-model scoring helps {name}"] = difference
     paper = {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)}
     return Table("source-only and cross-model scoring, accuracy %", rows, claims, paper)
 
@@ -1169,7 +1172,7 @@ def run_toy(args: argparse.Namespace) -> None:
         names = [name for name in args.what if name in TABLES]
         tables = {name: [TABLES[name](toy) for toy in toys] for name in names}
     if tables:
-        settings = {name: str(value) for name, value in vars(args).items()}
+        settings: dict[str, Any] = {name: str(value) for name, value in vars(args).items()}
         settings |= {"config": asdict(toys[0].job.config), "training": asdict(toys[0].settings)}
         report(args, settings, tables, args.problems)
 

@@ -225,7 +225,7 @@ def ensemble(
         leader = lead(scores, top1).masked_fill(ended, -1)  # (B,), Sec. 4.3, Eq. 9
         scores = scores.masked_fill(ended, UNSCORED)
         if on_round is not None:
-            state = {"round": (step - 1) // config.interval, "step": step}
+            state: dict = {"round": (step - 1) // config.interval, "step": step}
             state["tokens"] = [run.canvas.tokens for run in runs]
             state["masked"] = [run.canvas.masked for run in runs]
             on_round(deepcopy(state | {"scores": scores, "leader": leader}))
@@ -660,7 +660,7 @@ def translate_region(
     new: list[int | None] = []
     for kind, run in groupby(spell(ids, sender), key=type):
         if kind is bytes:
-            new += encode_exactly(b"".join(run).decode(), receiver)
+            new += encode_exactly(b"".join(run).decode(), receiver)  # type: ignore[arg-type]
         else:
             new += [None if unit is None else receiver.eos_ids[0] for unit in run]
     filler = None if not ids or ids[-1] is None else receiver.eos_ids[0]
