@@ -333,9 +333,9 @@ class Table:
         """A claim holds if the intervals of all its differences lie above 0, and does not hold if
         any lies below."""
         _, lows, highs = zip(*[cell.estimate() for cell in self.claims[claim].values()])
-        if min(highs) < 0:
+        if any(high < 0 for high in highs):
             return "does not hold"
-        return "holds" if min(lows) > 0 else "undecided"
+        return "holds" if all(low > 0 for low in lows) else "undecided"
 
 
 def merge(cells: list[Cell]) -> dict[str, Any]:
@@ -984,9 +984,10 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_members(folders: dict[str, Path], args: argparse.Namespace, local: int) -> list[Any]:
+def load_members(folders: dict[str, Path], args: argparse.Namespace) -> list[Any]:
     """Members on the devices given, or on the GPUs in turn, among a host's processes too."""
     M = len(folders)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     devices = [f"cuda:{(local * M + m) % gpus}" if gpus else "cpu" for m in range(M)]
     if args.device:
@@ -1037,12 +1038,13 @@ def decode_benchmark(
 
 
 class Records:
-    """Records of one method as JSON lines, a file per process, or of all processes when read."""
+    """Records of one method as JSON lines. Processes started by torchrun write a file each."""
 
-    def __init__(self, out: Path, method: str, rank: int):
+    def __init__(self, out: Path, method: str):
+        self.rank = int(os.environ.get("RANK", "0"))
         self.out = out
         self.method = method.replace(" ", "-")
-        self.path = out / f"{self.method}.{rank}.jsonl"
+        self.path = out / f"{self.method}.{self.rank}.jsonl"
         if self.path.exists():
             with self.path.open("r+b") as file:  # drop a line that was cut short
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -1073,9 +1075,7 @@ def keep_settings(out: Path, settings: dict) -> None:
 
 
 def run_benchmark(task: str, args: argparse.Namespace) -> None:
-    """Decode and grade a benchmark. Processes started by torchrun share its questions; the last one
-    to finish finds all records and reports the result."""
-    rank, world, local = (int(os.environ.get(x, "0")) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    """Decode and grade a benchmark, and report the result."""
     benchmark = BENCHMARKS[task]
     questions = benchmarks.load(task, args.data)[: args.limit]
     benchmarks.grade(task, questions[0], "1", args.run_code)  # fails now if nothing can be graded
@@ -1094,32 +1094,46 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
     }
     out = args.out or Path("results", task)
     keep_settings(out, settings)
-    members = load_members(folders, args, local)
+    members = load_members(folders, args)
     ensemble = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    groups = {f"member {m.name}": [m] for m in members} if args.single else {ensemble: members}
-    files = {method: Records(out, method, rank) for method in groups}
-    worked = rank == 0
-    for method, group in groups.items():
-        done = files[method].read()
-        todo = [question for question in questions[rank :: world or 1] if question.id not in done]
-        worked = worked or bool(todo)
-        with tqdm(total=len(todo), desc=method, unit="question", disable=None) as bar:
-            for i in range(0, len(todo), args.batch_size or 8):
-                batch = todo[i : i + (args.batch_size or 8)]
-                files[method].add(decode_benchmark(task, group, batch, config, args))
-                bar.update(len(batch))
-    found = {method: file.read() for method, file in files.items()}
+    methods = {f"member {m.name}": [m] for m in members} if args.single else {ensemble: members}
+    found = {}
+    for method, group in methods.items():
+        found[method] = decode_share(task, group, questions, config, args, Records(out, method))
     missing = sum(question.id not in own for question in questions for own in found.values())
     if missing:
         print(f"{missing} questions are left to other processes", file=sys.stderr)
-    elif worked:
-        runs = {method: Run([own[q.id] for q in questions]) for method, own in found.items()}
-        figures = zip(PAPER_METHODS, benchmark.table_3 + benchmark.table_4)
-        paper = {name: (figure,) for name, figure in figures}
-        title = f"{len(questions)} questions, n = {config.interval}, accuracy %"
-        table = Table(title, result_rows(runs, list(folders)), {}, paper)
-        summary = report(args, settings, {task: [table]}, len(questions))
-        write(out / "summary.json", json.dumps(summary, indent=1))
+        return
+    runs = {method: Run([own[q.id] for q in questions]) for method, own in found.items()}
+    title = f"{len(questions)} questions, n = {config.interval}, accuracy %"
+    figures = zip(PAPER_METHODS, benchmark.table_3 + benchmark.table_4)
+    paper = {name: (figure,) for name, figure in figures}
+    table = Table(title, result_rows(runs, list(folders)), {}, paper)
+    summary = report(args, settings, {task: [table]}, len(questions))
+    write(out / "summary.json", json.dumps(summary, indent=1))
+
+
+def decode_share(
+    task: str,
+    members: list[Any],
+    questions: list[Question],
+    config: tie.Config,
+    args: argparse.Namespace,
+    records: Records,
+) -> dict[str, dict]:
+    """Decode this process's share of what has no record yet. Returns the records of all processes,
+    by question: the last one to finish finds them complete."""
+    done = records.read()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share = questions[records.rank :: world]
+    todo = [question for question in share if question.id not in done]
+    size = args.batch_size or 8
+    with tqdm(total=len(todo), desc=records.method, unit="question", disable=None) as bar:
+        for i in range(0, len(todo), size):
+            batch = todo[i : i + size]
+            records.add(decode_benchmark(task, members, batch, config, args))
+            bar.update(len(batch))
+    return records.read()
 
 
 # --- command line ---------------------------------------------------------------------------------
