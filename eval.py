@@ -1063,12 +1063,12 @@ class Records:
 def keep_settings(out: Path, settings: dict) -> None:
     """Write settings.json, or refuse a folder that holds results of other settings."""
     path = out / "settings.json"
-    if path.exists():
+    if any(out.glob("*.jsonl")):
         kept = json.loads(path.read_text())["settings"]
         differ = ", ".join(name for name in settings if settings[name] != kept.get(name))
         if differ:
             raise ValueError(
-                f"{out} contains results with a different {differ}: choose another --out"
+                f"{out} contains results with different {differ}: choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps({"settings": settings, "versions": versions()}, indent=1))
@@ -1196,6 +1196,13 @@ def named(text: str) -> tuple[str, str]:
     return name or Path(folder).name, folder
 
 
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
     about, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -1217,21 +1224,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=1, help="tokens committed per step")
     add("--threshold", type=float, help="commit every token above this probability instead")
     cache = "cache keys and values, recomputing them every R forward passes (approximate)"
-    add("--cache", type=int, metavar="R", help=cache)
-    add("--batch-size", type=int, help="decoded together (default: 32 on the toy, else 8)")
+    add("--cache", type=count, metavar="R", help=cache)
+    add("--batch-size", type=count, help="decoded together (default: 32 on the toy, else 8)")
     device = "one device, or one per member (default: CPU for the toy, else the GPUs in turn)"
     add("--device", nargs="+", help=device)
     dtype = "of the weights (default: as stored for the toy, bfloat16 on CUDA, float32 on CPU)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
 
     add = parser.add_argument_group("the toy").add_argument
-    add("--problems", type=int, help="test problems (default: 400 for main, else 1000)")
+    add("--problems", type=count, help="test problems (default: 400 for main, else 1000)")
     add("--problem-seed", type=int, default=0, help="which test problems are drawn")
     add("--seed", type=int, default=0, help="first training seed")
-    add("--seeds", type=int, default=1, help="average tables over this many training seeds")
+    add("--seeds", type=count, default=1, help="average tables over this many training seeds")
     add("--steps", type=int, default=train_toy.Settings.steps, help="training steps")
     add("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of the members")
-    add("--count", type=int, default=1, help="show this many traces")
+    add("--count", type=count, default=1, help="show this many traces")
     unsolved = "trace only problems that TIE solves and no member solves alone"
     add("--unsolved", action="store_true", help=unsolved)
 
@@ -1240,7 +1247,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--members", nargs="+", type=named, default=[], metavar="NAME=FOLDER", help=members)
     add("--data", type=Path, help="the benchmark's file, as its owners publish it")
     limit = "use only the first N questions (must not change for a given --out)"
-    add("--limit", type=int, metavar="N", help=limit)
+    add("--limit", type=count, metavar="N", help=limit)
     add("--single", action="store_true", help="each member alone instead of the ensemble")
     run_code = "run code that models write, in bubblewrap; unconfined: in a container of your own"
     modes = ("confined", "unconfined")
@@ -1268,6 +1275,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         (len({*names}) < len(names), f"--members must have different names, got {names}"),
         (len(names) == 1 and not args.single, "an ensemble needs two members; or add --single"),
         (tables and args.score != tie.SCORES[0], "--score: tables show every score; leave it out"),
+        (args.json and {"trace", "figures"} & {*args.what}, "--json is for tables and benchmarks"),
     ):
         if wrong:
             parser.error(message)
