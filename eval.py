@@ -241,9 +241,15 @@ class Toy:
         jobs = [replace(whole, problems=batch) for batch in batches]
         todo = [job for job in jobs if not job.path.exists()]
         title = " ".join(["-".join(names), *(f"{name}={value}" for name, value in config.items())])
+        futures = [self.pool.submit(decode_job, job) for job in todo]
         with tqdm(total=len(todo), desc=title, unit="batch", disable=None, leave=False) as bar:
-            for _ in self.pool.map(decode_job, todo):
-                bar.update()
+            try:
+                for future in futures:
+                    future.result()
+                    bar.update()
+            except BaseException:  # `map` would cancel them itself, and trip over killed workers
+                self.pool.shutdown(cancel_futures=True)
+                raise
         return Run([record for job in jobs for record in json.loads(job.path.read_text())])
 
     def versions(self, job: Job) -> str:
