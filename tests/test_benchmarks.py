@@ -1,4 +1,4 @@
-"""The benchmarks of eval.py: the owners' layouts read, gold answers right, wrong ones wrong, code contained."""
+"""The benchmarks: files in their owners' layouts, gold answers right and wrong ones wrong, code contained."""
 
 import csv
 import gzip
@@ -8,6 +8,7 @@ import pwd
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval as benchmarks
+import benchmarks
+from benchmarks import BENCHMARKS, Question, grade, load, math_equal, run_code
 
 ROOT = Path(__file__).parent.parent
-relaxed = settings(deadline=None, max_examples=100)
 
 
 def missing():
@@ -33,36 +34,47 @@ def missing():
     return ""
 
 
-needs_bwrap = pytest.mark.skipif(bool(missing()), reason=missing() or "bubblewrap is here")
-CONFINED = [pytest.param(True, marks=needs_bwrap, id="confined"), pytest.param(False, id="unconfined")]
+needs_bwrap = pytest.mark.skipif(bool(missing()), reason=missing() or "bubblewrap works")
+CONFINED = [pytest.param(True, marks=needs_bwrap, id="confined"), pytest.param(False, id="unconfined")]  # fmt: skip
+
+
+def right(task, gold, text):
+    return grade(task, Question("x", "", gold), text)[1]
+
+
+# ---- files
 
 HUMANEVAL = {
     "task_id": "HumanEval/0",
     "prompt": 'from typing import List\n\n\ndef total(x: List[int]) -> int:\n    """ Sum. """\n',
-    "entry_point": "total", "canonical_solution": "    return sum(x)\n",
+    "entry_point": "total",
     "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
 }
-MBPP = [{"source_file": "x", "task_id": k, "prompt": "Write a function to halve.", "test_imports": ["from math import floor"],
-         "code": "def halve(x):\n  return floor(x / 2)", "test_list": ["assert halve(4) == 2", "assert halve(5) == 2"]}
-        for k in (2, 11, 511)]  # fmt: skip
-ARC = [{"id": key, "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip(texts, labels)]},
-        "answerKey": right} for key, texts, labels, right in (
-            ("a", "pqrs", "ABCD", "D"), ("b", "pqr", "123", "2"), ("c", "pqrst", "ABCDE", "E"))]  # fmt: skip
-SAMPLES = {  # task -> (file name, rows, right answers, a wrong answer)
-    "mmlu": ("astronomy_test.csv", [["Q, one?", "a", "b", "id", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]],
-             ["B", "D"], "C"),
-    "arc-challenge": ("arc.jsonl", ARC, ["D", "B", "E"], "A"),
-    "winogrande": ("dev.jsonl", [{"qID": "w", "sentence": "Ann met Bo so _ ran.", "option1": "Ann", "option2": "Bo",
-                                  "answer": "2"}], ["B"], "A"),
-    "gsm8k": ("test.jsonl", [{"question": "Q\u2028?", "answer": "It is <<1=1>>.\n#### 2,125"},
-                             {"question": "P?", "answer": "#### -10"}], ["$2,125.00", "-10."], "9"),
-    "math500": ("test.jsonl", [{"problem": "P", "solution": "S", "answer": "\\frac{14}{3}", "level": 1, "unique_id": "u/1"}],
-                ["\\boxed{\\dfrac{14}{3}}"], "4.67"),
-    "humaneval": ("HumanEval.jsonl", [HUMANEVAL], ["def total(x):\n    return sum(x)"], "def total(x):\n    return 3"),
-    "mbpp": ("sanitized-mbpp.json", MBPP, [MBPP[0]["code"]] * 3, "def halve(x):\n    return 2.5"),
-    "countdown": ("cd3_test.jsonl", [{"input": "15,44,79,50", "output": "44-15=29,79-29=50"},
-                                     {"input": "30,100,93", "output": "23"}, {"nums": [2, 2, 3], "target": 12}],
-                  ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"], "50"),
+HALVE = {
+    "prompt": "Write a function to halve.",
+    "test_imports": ["from math import floor"],
+    "test_list": ["assert halve(4) == 2", "assert halve(5) == 2"],
+}
+MBPP = [{**HALVE, "task_id": number} for number in (2, 11, 511)]
+ARC = [
+    {"id": key, "question": {"stem": "Which?", "choices": [{"text": t, "label": n} for t, n in zip(texts, labels)]}, "answerKey": answer}
+    for key, texts, labels, answer in (("a", "pqrs", "ABCD", "D"), ("b", "pqr", "123", "2"), ("c", "pqrst", "ABCDE", "E"))
+]  # fmt: skip
+WINO = {"qID": "w", "sentence": "Ann met Bo so _ ran.", "option1": "Ann", "option2": "Bo", "answer": "2"}  # fmt: skip
+GSM = {"question": "Q\u2028?", "answer": "It is <<1=1>>.\n#### 2,125"}
+MATH = {"problem": "P", "solution": "S", "answer": "\\frac{14}{3}", "unique_id": "u/1"}
+CD3 = {"input": "15,44,79,50", "output": "44-15=29,79-29=50"}
+MMLU = [["Q, one?", "a", "b", "id", "d", "B"], ['Say "x"\nor?', "1", "2", "3", "4", "D"]]
+SAMPLES = {  # task -> file name, rows, right answers, a wrong answer, a part of the first prompt
+    "mmlu": ("astronomy_test.csv", MMLU, ["B", "D"], "C", "Q, one?\n\nA) a\nB) b\nC) id\nD) d"),
+    "arc-challenge": ("arc.jsonl", ARC, ["D", "B", "E"], "A", "Which?\n\nA) p"),
+    "winogrande": ("dev.jsonl", [WINO], ["B"], "A", "so _ ran.\n\nA) Ann\nB) Bo"),
+    "gsm8k": ("t.jsonl", [GSM, {"question": "P?", "answer": "#### -10"}], ["$2,125.00", "-10."], "9", "Q\u2028?"),
+    "math500": ("t.jsonl", [MATH], ["\\boxed{\\dfrac{14}{3}}"], "4.67", "P"),
+    "humaneval": ("HumanEval.jsonl", [HUMANEVAL], ["def total(x):\n    return sum(x)"], "def total(x):\n    return 3", HUMANEVAL["prompt"]),
+    "mbpp": ("mbpp.json", MBPP, ["def halve(x):\n  return floor(x / 2)"] * 3, "def halve(x):\n    return 2.5", "assert halve(5) == 2"),
+    "countdown": ("cd3.jsonl", [CD3, {"input": "30,100,93", "output": "23"}, {"nums": [2, 2, 3], "target": 12}],
+                  ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"], "50", "50 from the numbers 15, 44, 79."),
 }  # fmt: skip
 
 
@@ -74,139 +86,96 @@ def write(folder, name, rows):
     elif name.endswith(".json"):
         path.write_text(json.dumps(rows, indent=2))
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
     return path
-
-
-# ---- files
 
 
 @pytest.mark.parametrize("task", SAMPLES)
 def test_gold_answers_are_right_and_wrong_ones_wrong(task, tmp_path):
-    name, rows, right, wrong = SAMPLES[task]
+    name, rows, answers, wrong, shown = SAMPLES[task]
     run_code = "unconfined" if missing() else "confined"
-    questions = benchmarks.read_questions(task, write(tmp_path, name, rows))
+    questions = load(task, write(tmp_path, name, rows))
     assert len(questions) == len(rows)
-    for question, answer in zip(questions, right):
-        tail = "\n```\nDone." if task in ("humaneval", "mbpp") else ""
-        assert benchmarks.grade(task, question, answer + tail, run_code)[1]
-        assert not benchmarks.grade(task, question, wrong + tail, run_code)[1]
-        assert not benchmarks.grade(task, question, "", run_code)[1]
-        if isinstance(question.gold, str):
-            assert benchmarks.grade(task, question, question.gold)[1]
-
-
-@pytest.mark.parametrize("task", SAMPLES)
-def test_prompt_holds_the_question_and_asks_for_what_the_suffix_announces(task, tmp_path):
-    name, rows, _, _ = SAMPLES[task]
-    prompt = benchmarks.read_questions(task, write(tmp_path, name, rows))[0].prompt
-    shown = {
-        "mmlu": "Q, one?\n\nA) a\nB) b\nC) id\nD) d", "arc-challenge": "Which?\n\nA) p",
-        "winogrande": "so _ ran.\n\nA) Ann\nB) Bo", "gsm8k": "Q\u2028?", "math500": "P",
-        "humaneval": HUMANEVAL["prompt"], "mbpp": "assert halve(5) == 2", "countdown": "15, 44, 79",
-    }
-    assert shown[task] in prompt
-    assert "{" not in prompt
-    code = benchmarks.BENCHMARKS[task].suffix == "```python\n"
-    assert ("Answer: " in prompt) != code and ("no explanation" in prompt) == code
+    code = task in ("humaneval", "mbpp")
+    tail = "\n```\nDone." if code else ""
+    for question, answer in zip(questions, answers):
+        assert grade(task, question, answer + tail, run_code)[1]
+        assert not grade(task, question, wrong + tail, run_code)[1]
+        assert not grade(task, question, "", run_code)[1]
+        assert not isinstance(question.gold, str) or grade(task, question, question.gold)[1]
+        assert ("Answer: " in question.prompt) != code == ("no explanation" in question.prompt)
+    assert shown in questions[0].prompt
 
 
 def test_mmlu_folder_and_the_35_subjects(tmp_path):
-    assert len(set(benchmarks.MMLU_STAR.split())) == 35
     for subject in ("astronomy_test", "abstract_algebra_test", "marketing_val"):
-        write(tmp_path, f"{subject}.csv", SAMPLES["mmlu"][1])
-    assert [q.id for q in benchmarks.read_questions("mmlu", tmp_path)][::2] == [
-        "abstract_algebra/0", "astronomy/0", "marketing/0",
-    ]
-    assert {q.id.split("/")[0] for q in benchmarks.read_questions("mmlu-star", tmp_path)} == {"astronomy", "marketing"}
+        write(tmp_path, f"{subject}.csv", MMLU)
+    ids = [question.id for question in load("mmlu", tmp_path)]
+    assert ids[::2] == ["abstract_algebra/0", "astronomy/0", "marketing/0"]
+    assert [question.id for question in load("mmlu-star", tmp_path)] == ids[2:]
+    assert len(set(BENCHMARKS["mmlu-star"].subjects.split())) == 35
 
 
 def test_ids_are_the_owners_and_a_file_may_be_gzipped(tmp_path):
-    assert [q.id for q in benchmarks.read_questions("mbpp", write(tmp_path, "m.json", MBPP))] == ["2", "11", "511"]
+    assert [q.id for q in load("mbpp", write(tmp_path, "m.json", MBPP))] == ["2", "11", "511"]
     packed = tmp_path / "HumanEval.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(HUMANEVAL).encode()))
-    assert [q.id for q in benchmarks.read_questions("humaneval", packed)] == ["HumanEval/0"]
+    assert [q.id for q in load("humaneval", packed)] == ["HumanEval/0"]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert "EOFError" in refusal("humaneval", packed, 1)
 
 
-GSM, PACKED = {"question": "Q", "answer": "#### 1"}, gzip.compress(json.dumps(HUMANEVAL).encode())
-MATH = {"problem": "P", "answer": "1", "unique_id": "u"}
-NO_ROWS = {  # rows that are none of the task's, each after a good one
-    "gsm8k": (GSM, ["text", None, [], {}, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"}, {**GSM, "answer": 5},
-                    {**GSM, "answer": f"#### {'9' * 10**7}"}, *({**GSM, "question": text} for text in ("", None, ["Q"], "\ud800")),
-                    {**GSM, "id": ""}, {**GSM, "id": ["i"]}]),
-    "math500": (MATH, [GSM, MATH, {"problem": "P", "answer": 5}]),
-    "arc-challenge": (ARC[0], [GSM, {**ARC[1], "answerKey": "D"}]),
-    "winogrande": (SAMPLES["winogrande"][1][0], [GSM, *(
-        {"sentence": "_", "option1": "a", "option2": "b", "answer": right} for right in ("0", "3", 1))]),
-    "mmlu": (["q", "a", "b", "c", "d", "A"], [["q", "a", "b"], ["q", "a", "b", "c", "d", "E"], ["", "a", "b", "c", "d", "A"]]),
-    "humaneval": (HUMANEVAL, [GSM, HUMANEVAL, *(
-        {**HUMANEVAL, "task_id": "x", **change} for change in ({"entry_point": "other"}, {"test": None}))]),
-    "mbpp": (MBPP[0], [MBPP[0], {**MBPP[1], "test_imports": None}, {**MBPP[1], "test_imports": [5]},
-                       {**MBPP[1], "test_list": "assert f()"}, {**MBPP[1], "test_list": []}]),
-    "countdown": ({"nums": [1, 2], "target": 3}, [GSM, {"input": "1,b,3", "output": "x"}, {"nums": None, "target": 5}]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("task, good, bad", [(task, good, bad) for task, (good, rows) in NO_ROWS.items() for bad in rows])
-def test_a_row_that_is_none_of_the_task_s_is_one_clear_line(task, good, bad, tmp_path):
-    file = tmp_path / SAMPLES[task][0]
-    lines = [json.dumps(row) for row in (good, bad)]
-    write(tmp_path, file.name, [good, bad]) if file.suffix == ".csv" else file.write_text("\n".join(lines))
-    assert refusal(task, file).startswith(f"{file}, row 2: no question for {task} (")
-
-
-def refusal(task, file):
+def refusal(task, path, row):
     with pytest.raises(ValueError) as caught:
-        benchmarks.read_questions(task, file)
+        load(task, path)
     message = str(caught.value)
-    assert message.endswith(f"; give {benchmarks.BENCHMARKS[task].file}") and "\n" not in message and len(message) < 600
+    assert message.startswith(f"{path}, row {row}: expected {BENCHMARKS[task].data} (")
     return message
 
 
+@pytest.mark.parametrize("task, good, bad", [
+    *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
+    ("math500", MATH, GSM), ("math500", MATH, MATH), ("math500", MATH, {"problem": "P", "answer": 5}),
+    ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
+    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
+    ("humaneval", HUMANEVAL, {**HUMANEVAL, "task_id": "x", "entry_point": "other"}),
+    ("mbpp", MBPP[0], MBPP[0]), ("mbpp", MBPP[0], {**MBPP[1], "test_list": None}),
+    ("countdown", CD3, GSM), ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
+])  # fmt: skip
+def test_a_row_of_another_kind_is_one_clear_line(task, good, bad, tmp_path):
+    refusal(task, write(tmp_path, "rows.jsonl", [good, bad]), 2)
+
+
 @pytest.mark.parametrize("name, content, row", [
-    ("gsm8k.jsonl", b"", None), ("gsm8k.jsonl", b"\n \n", None), ("mmlu-star.csv", b"q,a,b,c,d,A\n", None),
-    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.jsonl", b"PK\x03\x04\x00\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1),
-    ("gsm8k.jsonl", json.dumps(GSM).encode("utf-16"), 1), ("gsm8k.jsonl", b'{"question": "\xe9"}', 1),
-    ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("gsm8k.jsonl", b"x" * 10**7, 1),
-    ("gsm8k.jsonl", b"[" * 100000, 1), ("gsm8k.jsonl", b'{"question": ' + b"[" * 100000, 1),
-    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
-    ("humaneval.gz", PACKED[: len(PACKED) // 2], 1), ("humaneval.gz", PACKED[:-9], 1),
-    ("mbpp.json", json.dumps(MBPP).encode()[:-9], 1), ("mmlu.nowhere", None, 1),
+    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1), ("mbpp.json", b'[{"prompt', 1),
+    ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
+    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,E", 1), ("mmlu.csv", b"q,a,b,c,d,", 1),
 ])  # fmt: skip
 def test_a_malformed_file_is_one_clear_line(name, content, row, tmp_path):
-    task, file = name.split(".")[0], tmp_path / name
-    if content is not None:
-        file.write_bytes(content)
-    assert refusal(task, file).startswith(f"{file}, row {row}: no question" if row else f"{file}: no question")
+    (tmp_path / name).write_bytes(content)
+    refusal(name.split(".")[0], tmp_path / name, row)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_file_without_end_is_no_benchmark(packed, tmp_path):
-    """Under a limit on memory: what is read of it is bounded."""
-    source = tmp_path / "zeros.gz" if packed else "/dev/zero"
-    if packed:
-        source.write_bytes(gzip.compress(bytes(1 << 26)) * 32)  # 2 GiB in 2 MiB
-    code = f"import eval, resource; resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2); eval.read_questions('gsm8k', '{source}')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert f"ValueError: {source}, row 1: no question for gsm8k (ValueError: over 67108864 bytes)" in done.stderr
-
-
-def test_unknown_tasks():
-    with pytest.raises(ValueError, match="no task 'gsm9k': choose one of mmlu, "):
-        benchmarks.read_questions("gsm9k", "nowhere.jsonl")
+def test_no_file_no_questions_no_task(tmp_path):
+    refusal("mmlu", tmp_path / "nowhere", 1)
+    (tmp_path / "law.csv").write_bytes(b"q,a,b,c,d,A\n")
+    with pytest.raises(ValueError, match="got no questions for mmlu-star"):
+        load("mmlu-star", tmp_path / "law.csv")
+    with pytest.raises(ValueError, match="task must be one of mmlu, .*, got 'gsm9k'"):
+        load("gsm9k", "nowhere.jsonl")
 
 
 def test_settings_are_the_papers():
-    table = benchmarks.BENCHMARKS
-    lengths = {128: ["mmlu", "mmlu-star", "arc-challenge", "winogrande"], 256: ["gsm8k", "countdown"],
-               512: ["math500", "humaneval", "mbpp"]}  # fmt: skip
-    assert {task: b.length for task, b in table.items()} == {task: n for n, tasks in lengths.items() for task in tasks}
-    assert [task for task, b in table.items() if b.interval("token_change_count") == 16] == ["gsm8k", "math500"]
-    assert [task for task, b in table.items() if b.answer_window] == ["humaneval", "mbpp"]
-    for b in table.values():
-        assert b.interval("top1_probability") == b.interval("negative_entropy") == 16 and b.answer_length < b.length
-        assert len(b.table_3) == len(benchmarks.TABLE_3) and len(b.table_4) in (0, len(benchmarks.TABLE_4))
-    assert dict(zip(benchmarks.TABLE_3, table["gsm8k"].table_3))["tie token_change_count"] == 83.47
+    lengths = {"gsm8k": 256, "countdown": 256, "math500": 512, "humaneval": 512, "mbpp": 512}
+    for task, benchmark in BENCHMARKS.items():
+        assert benchmark.length == lengths.get(task, 128) > benchmark.answer_length
+        mathematics = task in ("gsm8k", "math500")
+        assert benchmark.interval("token_change_count") == (16 if mathematics else 32)
+        assert benchmark.interval("top1_probability") == 16
+        assert benchmark.answer_window == (8 if task in ("humaneval", "mbpp") else None)
+        assert len(benchmark.table_3) == 7 and len(benchmark.table_4) in (0, 4)
+    assert BENCHMARKS["gsm8k"].table_3[3] == 83.47  # TIE with token change count
 
 
 # ---- answers
@@ -217,10 +186,10 @@ def test_settings_are_the_papers():
     "Option {}: iron", "\n{}\n", "\\text{{({})}}", "the correct answer is **({})**", "`{}`", "{}. Dogs bark",
     "\\(\\mathbf{{{}}}\\)",
 ]))  # fmt: skip
-def test_a_dressed_letter_is_found(letter, dress):
-    assert benchmarks.extract_letter(dress.format(letter)) == letter
+def test_a_letter_in_any_dress(letter, dress):
+    assert right("mmlu", letter, dress.format(letter))
     if dress in ("{}", "({})", "**{}**"):
-        assert benchmarks.extract_letter(dress.format(letter.lower())) == letter
+        assert right("mmlu", letter, dress.format(letter.lower()))
 
 
 @settings(max_examples=25)
@@ -228,10 +197,10 @@ def test_a_dressed_letter_is_found(letter, dress):
     "{:,}", "${:,}.00", "{} dollars", "**{}**", "{}.", "\\boxed{{{:,}}}", "The answer is {}", "3 + 4 = {}", "\\(x = {}\\)",
     "{:,} cm^2", "\\${:,}\n99",
 ]))  # fmt: skip
-def test_a_dressed_number_is_found(number, dress):
+def test_a_number_in_any_dress(number, dress):
     text = dress.format(number)
-    assert benchmarks.math_equal(benchmarks.extract_number(text), str(number))
-    assert not benchmarks.math_equal(benchmarks.extract_number(text), str(number + 1))
+    assert right("gsm8k", str(number), text)
+    assert not right("gsm8k", str(number + 1), text)
 
 
 EQUAL = [
@@ -241,73 +210,87 @@ EQUAL = [
     ("1 \\pm \\sqrt{19}", "1 - \\sqrt{19}, 1 + \\sqrt{19}"), ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
     ("6 - 5i", "-5i+6"), ("(a+5)(b+2)", "ab+2a+5b+10"), ("(0,9) \\cup (9,36)", "(9,36) \\cup (0,9)"), ("5", "so it is $5$"),
     ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{bmatrix} -\\frac13 \\\\ \\frac23 \\end{bmatrix}"),
-]
+]  # fmt: skip
 UNEQUAL = [
     ("\\frac{14}{3}", "4.67"), ("\\frac43", "3/4"), ("10080", "10,81"), ("(3,4]", "[3,4]"), ("(1,2)", "(2,1)"), ("1,-2", "1"),
     ("6 - 5i", "6 + 5i"), ("\\text{east}", "west"), ("\\text{(C)}", "B"), ("x^2", "2x"), ("\\pi", "3.14159"), ("5", ""),
     ("5", "\\boxed{}"), ("0", "1/0"), ("10000000001", "10000000002"), ("\\frac{1}{2}", "\\frac{1}{2}x"), ("9", "9^9^9^9"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("gold, answer", EQUAL)
-def test_math_answers_of_equal_value(gold, answer):
-    assert benchmarks.math_equal(answer, gold) and benchmarks.math_equal(gold, answer)
+def test_answers_of_equal_value(gold, answer):
+    assert math_equal(answer, gold) and math_equal(gold, answer)
 
 
 @pytest.mark.parametrize("gold, answer", UNEQUAL)
-def test_math_answers_of_unequal_value(gold, answer):
-    assert not benchmarks.math_equal(answer, gold)
-
-
-@pytest.mark.parametrize("kind, text, answer", [
-    *[("letter", text, "") for text in ("", "Dogs", "42", "FALSE", "It's cold")],
-    ("math", "\\boxed{\\frac{\\sqrt{3}}{2}} so", "\\frac{\\sqrt{3}}{2}"), ("math", "$$\n\\frac{1}{2}\n$$", "\\frac{1}{2}"),
-    ("math", " \\(2x\\)\nDone", "2x"), ("math", "**7**", "7"), ("math", "The final answer is: $12$.", "$12$."),
-    ("math", "\\[\n\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}\n\\]", "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"),
-    ("code", "\n    return 1\n```\nThis returns 1.\n```", "    return 1"),  # its indentation stays
-    ("code", "```python\ndef f():\n    return 1\n", "def f():\n    return 1"),
-])  # fmt: skip
-def test_extraction(kind, text, answer):
-    assert getattr(benchmarks, f"extract_{kind}")(text) == answer
+def test_answers_of_unequal_value(gold, answer):
+    assert not math_equal(answer, gold)
 
 
 PIECES = [
     "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "^", "9", "99", "*", "**", "/", "-", "x", "i", "\\pi", ",", " ", ".",
     "=", "\\cup", "\\pm", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "\\text{a}", "%", "0", "log", "\\{", "\\}", "_", "$",
-]
+]  # fmt: skip
+NINES = {"numbers": [9, 9], "target": 1}
 
 
-@settings(deadline=60_000, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(max_size=400) | st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
-def test_no_text_breaks_or_hangs_the_graders(text):
-    assert all(isinstance(benchmark.extract(text), str) for benchmark in benchmarks.BENCHMARKS.values())
-    assert benchmarks.math_equal(text, "5") in (True, False)
-    assert benchmarks.countdown_correct(text, {"numbers": [9, 9], "target": 1}) in (True, False)
-    assert benchmarks.math_equal("5", "5")  # the next answer is graded as if nothing had been
+def test_no_text_breaks_the_graders(text):
+    for task, gold in (("mmlu", "A"), ("gsm8k", "5"), ("math500", "5"), ("countdown", NINES)):
+        answer, correct = grade(task, Question("x", "", gold), text)
+        assert isinstance(answer, str) and isinstance(correct, bool)
+    assert math_equal("5", "5")  # the next answer is graded as usual
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["9^9^9^9", "9" * 300 + "^" + "9" * 300, "99999999!", "(" * 999, "((9^99)^99)^99^99", "1" + "^9" * 140, "-" * 299 + "1",
-     "9" * 10**6, "(" * 10**6 + ")" * 10**6, "10^{10^{10^{10}}}", "9**9**9**9"],
-)  # fmt: skip
-def test_answers_that_hang_or_swell_are_wrong_in_bounded_time_and_memory(text, monkeypatch):
-    monkeypatch.setattr(benchmarks, "_GRADER", benchmarks._GRADER.replace("alarm(5)", "alarm(1)"))
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert not benchmarks.math_equal(text, "5")
-    assert not benchmarks.countdown_correct(text, {"numbers": [9, 9], "target": 1})
-    assert benchmarks.math_equal("5", "5.0")
-    assert time.monotonic() - start < 60  # a bound on hanging, far above the grader's own, of which it takes one here
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+@pytest.mark.parametrize("text", [
+    "9^9^9^9", "9" * 300 + "^" + "9" * 300, "99999999!", "(" * 999, "((9^99)^99)^99^99", "1" + "^9" * 140, "-" * 299 + "1",
+    "9" * 10**6, "(" * 10**6 + ")" * 10**6, "9**9**9**9",
+])  # fmt: skip
+def test_answers_that_hang_or_exhaust_memory_are_wrong(text):
+    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    assert not math_equal(text, "5")
+    assert not right("countdown", NINES, text)
+    assert math_equal("5", "5.0")
+    assert time.monotonic() - start < 60  # far above the limit of 5 seconds
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
-def test_the_grader_of_mathematics_ends_with_its_parent():
-    code = "import eval, time; eval.math_equal('1', '1'); print(eval._grader().pid, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-        pid = int(parent.stdout.readline())
+def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
+    """The program is read from stdin, which a process of multiprocessing couldn't import again."""
+    code = """if True:
+        import benchmarks, os, signal, time
+        assert benchmarks.math_equal("1", "1")
+        try:
+            os.killpg(0, signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print(benchmarks.math_equal("1", "1.0"), flush=True)
+        time.sleep(60)
+    """
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with subprocess.Popen([sys.executable], cwd=ROOT, text=True, start_new_session=True, **pipes) as parent:  # fmt: skip
+        parent.stdin.write(code)
+        parent.stdin.close()
+        assert parent.stdout.readline() == "True\n"
+        left = children(parent.pid)
+        assert left
         parent.kill()
-    wait_for(lambda: not alive(pid))
+        assert parent.stderr.read() == ""
+    wait_for(lambda: not any(map(alive, left)))
+
+
+def test_without_math_verify_it_says_why(tmp_path):
+    shutil.copy(ROOT / "benchmarks.py", tmp_path)
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy here')")
+    code = "import benchmarks; benchmarks.math_equal('1', '1')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "ValueError: cannot grade mathematics (ImportError: no sympy here)" in done.stderr
 
 
 @st.composite
@@ -318,22 +301,21 @@ def countdowns(draw):
     while len(parts) > 1:
         (x, a), (y, b) = (parts.pop(draw(st.integers(0, len(parts) - 1))) for _ in "ab")
         sign = draw(st.sampled_from("+-*/" if y else "+-*"))
-        parts.append(({"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}[sign], f"({a}{sign}{b})"))
+        value = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}[sign]
+        parts.append((value, f"({a}{sign}{b})"))
     return numbers, parts[0]
 
 
-@relaxed
-@given(countdowns(), st.randoms(use_true_random=False),
-       st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]))  # fmt: skip
-def test_countdown_takes_each_number_once_in_any_order(case, dice, dress):
+@given(countdowns(), st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]))  # fmt: skip
+def test_countdown_takes_each_number_once_in_any_order(case, dress):
     numbers, (value, expression) = case
-    gold = {"numbers": dice.sample(numbers, len(numbers)), "target": value}
+    gold = {"numbers": sorted(numbers), "target": value}
     latex = expression.replace("*", " \\times ").replace("/", " \\div ")
     for form in (expression, expression[1:-1], latex, expression.replace("*", "×")):
-        assert benchmarks.countdown_correct(benchmarks.extract_math(dress.format(form)), gold)
-    assert not benchmarks.countdown_correct(expression, {**gold, "target": value + 1})
-    assert not benchmarks.countdown_correct(expression, {**gold, "numbers": numbers + [1]})
-    assert not benchmarks.countdown_correct(expression, {**gold, "numbers": numbers[1:]})
+        assert right("countdown", gold, dress.format(form))
+    assert not right("countdown", {**gold, "target": value + 1}, expression)
+    assert not right("countdown", {**gold, "numbers": numbers + [1]}, expression)
+    assert not right("countdown", {**gold, "numbers": numbers[1:]}, expression)
 
 
 @pytest.mark.parametrize("answer, target", [
@@ -343,7 +325,7 @@ def test_countdown_takes_each_number_once_in_any_order(case, dice, dress):
     ("2**3*4", 32), ("2* *3*4", 32), ("3*4//2", 6), ("4%3+2", 3), ("2<<3+4", 256), ("(2,3*4)", 12),
 ])  # fmt: skip
 def test_countdown_has_four_operations_and_its_numbers_alone(answer, target):
-    assert not benchmarks.countdown_correct(answer, {"numbers": [2, 3, 4], "target": target})
+    assert not right("countdown", {"numbers": [2, 3, 4], "target": target}, answer)
 
 
 # ---- running code
@@ -356,6 +338,19 @@ def alive(pid):
         return False
 
 
+def children(pid):
+    """All processes below this one."""
+    below = [int(name) for name in os.listdir("/proc") if name.isdigit() and parent_of(name) == pid]
+    return below + [deeper for child in below for deeper in children(child)]
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
 def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -363,25 +358,22 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-def run(*sources, timeout=1.5, **more):
-    return benchmarks.run_code(*sources, timeout=timeout, memory=1 << 28, **more)
-
-
-def test_code_is_not_run_unasked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [None, False, True, "yes"])
+def test_code_runs_only_where_it_is_asked_for(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_code", lambda *sources, **_: pytest.fail("code was run"))
-    question = benchmarks.read_questions("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
+    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
     with pytest.raises(ValueError, match="--run-code"):
-        benchmarks.grade("humaneval", question, "def total(x): return sum(x)")
+        grade("humaneval", question, "def total(x): return sum(x)", asked)
 
 
 def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="apt-get install bubblewrap.*--run-code unconfined"):
-        benchmarks.run_code("pass")
+        run_code("pass")
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: no new namespace >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     benchmarks.check_sandbox.cache_clear()
-    with pytest.raises(ValueError, match=r"cannot confine here \(bwrap: no new namespace\): allow user namespaces"):
+    with pytest.raises(ValueError, match=r"bwrap: no new namespace.*: allow user namespaces"):
         benchmarks.check_sandbox(True)
     benchmarks.check_sandbox.cache_clear()
 
@@ -391,11 +383,10 @@ def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
     "def helper(x):\n    return sum(x)\ndef total(x: List[int]):\n    return helper(x)",
     "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
 ])  # fmt: skip
-@pytest.mark.parametrize("confined", CONFINED)
-def test_humaneval_takes_whole_functions_and_continuations(answer, confined, tmp_path):
-    question = benchmarks.read_questions("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
-    run_code = "confined" if confined else "unconfined"
-    assert benchmarks.grade("humaneval", question, answer + "\n```", run_code)[1]
+@pytest.mark.parametrize("how", [pytest.param("confined", marks=needs_bwrap), "unconfined"])
+def test_humaneval_takes_whole_functions_and_continuations(answer, how, tmp_path):
+    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
+    assert grade("humaneval", question, answer + "\n```", how)[1]
 
 
 ORDINARY = {
@@ -408,14 +399,15 @@ ORDINARY = {
     "a script's part": "if __name__ == '__main__': raise SystemExit",
     "standard library": "import decimal, collections.abc, heapq, json, math, random, re, string, hashlib, statistics",
     "numpy": "import numpy\nassert numpy.ones(3).sum() == 3",
-}
+    "output": "print('x' * 10 ** 5)",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("confined", CONFINED)
 @pytest.mark.parametrize("name", ORDINARY)
 def test_ordinary_programs_run(name, confined):
-    assert benchmarks.run_code(ORDINARY[name], "assert True", timeout=20, confined=confined)
-    assert not benchmarks.run_code(ORDINARY[name], "assert False", timeout=20, confined=confined)
+    assert run_code(ORDINARY[name], "assert True", timeout=20, confined=confined)
+    assert not run_code(ORDINARY[name], "assert False", timeout=20, confined=confined)
 
 
 FAILURES = {
@@ -428,26 +420,29 @@ FAILURES = {
     "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)", "unclosed string": "x = '''",
     "swallowed": "import sys\nsys.settrace(None)\nraise KeyboardInterrupt",
     "nested folders": "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')\nassert False",
-    "junk on every pipe": "import os\nfor fd in range(3, 64):\n"
+    "junk on every pipe": "import os\nfor fd in range(1, 64):\n"
     "    try: os.write(fd, b'0' * 32)\n    except OSError: pass\nos._exit(0)",
-}
+    "flood on every pipe": "import os\nfor fd in range(3, 64):\n"
+    "    try:\n        while True: os.write(fd, b'0' * 10 ** 6)\n    except OSError: pass",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("confined", CONFINED)
 @pytest.mark.parametrize("name", FAILURES)
 def test_mischief_fails_and_harms_nothing(name, confined, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.tempfile, "tempdir", str(tmp_path))
-    before, start = os.listdir("/proc/self/fd"), time.monotonic()
+    before = os.listdir("/proc/self/fd")
+    start = time.monotonic()
     try:
-        assert not run(FAILURES[name], "pass", confined=confined)
+        assert not run_code(FAILURES[name], "pass", timeout=1.5, memory=1 << 28, confined=confined)
         assert time.monotonic() - start < 30  # the limit of 1.5 s ended it
         assert len(os.listdir("/proc/self/fd")) <= len(before)
-        assert os.listdir(tmp_path) == [] or name == "nested folders" and not confined
+        assert os.listdir(tmp_path) == [] or (name == "nested folders" and not confined)
     finally:
         subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
 
 
-REFUSED = {  # each is an assertion about what a confined program sees, or what it cannot do
+REFUSED = {  # what a confined program asserts about its place; {names} are filled in by the test
     "network": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\nelse: assert False",
     "interfaces": "import socket\nassert [name for _, name in socket.if_nameindex()] in (['lo'], [])",
     "files outside": "import os\nassert not os.path.exists({file!r}) and not os.path.exists({root!r} + '/eval.py')\n"
@@ -473,33 +468,36 @@ REFUSED = {  # each is an assertion about what a confined program sees, or what 
     "the token": "import sys, re, gc\nframe, seen = sys._getframe(), ''\n"
     "while frame: seen += repr((frame.f_locals, frame.f_globals)); frame = frame.f_back\n"
     "assert not re.search('[0-9a-f]{{32}}', seen)",
-}
+}  # fmt: skip
 
 
 @needs_bwrap
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_confined_program_reaches_nothing(name, tmp_path, monkeypatch):
-    """Through to the end: what each program asserts of its place is so."""
-    import socket
-
+    """It runs through to its end, so everything that it asserts about its place is so."""
     monkeypatch.setenv("TIE_SECRET", "x")
     (tmp_path / "file").write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        source = REFUSED[name].format(port=server.getsockname()[1], file=str(tmp_path / "file"), root=str(ROOT), pid=os.getpid())
-        assert run(source, "pass", timeout=20)
+        places = {
+            "port": server.getsockname()[1],
+            "file": str(tmp_path / "file"),
+            "root": str(ROOT),
+        }
+        source = REFUSED[name].format(pid=os.getpid(), **places)
+        assert run_code(source, "pass", timeout=20, memory=1 << 28)
 
 
 @pytest.mark.parametrize("confined", CONFINED)
 def test_memory_is_limited(confined):
-    assert benchmarks.run_code("x = bytearray(1 << 28)", timeout=20, memory=1 << 30, confined=confined)
-    assert not benchmarks.run_code("x = bytearray(1 << 28)", timeout=20, memory=1 << 28, confined=confined)
+    source = "x = bytearray(1 << 28)"
+    assert run_code(source, timeout=20, memory=1 << 30, confined=confined)
+    assert not run_code(source, timeout=20, memory=1 << 28, confined=confined)
 
 
 @needs_bwrap
-def test_no_process_survives_the_evaluation(tmp_path):
+def test_no_process_survives_the_evaluation():
     """The evaluation is killed while a program runs: nothing of its sandbox is left."""
-    mark = f"{time.time()}"
-    code = f"import eval; eval.run_code('import time; time.sleep(300) # {mark}', timeout=300)"
+    code = "import benchmarks; benchmarks.run_code('import time; time.sleep(300)', timeout=300)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         wait_for(lambda: len(children(parent.pid)) >= 2)
         left = children(parent.pid)
@@ -507,41 +505,26 @@ def test_no_process_survives_the_evaluation(tmp_path):
     wait_for(lambda: not any(map(alive, left)))
 
 
-def children(pid):
-    """Processes below this one."""
-    below = [int(name) for name in os.listdir("/proc") if name.isdigit() and parent_of(name) == pid]
-    return below + [deeper for child in below for deeper in children(child)]
-
-
-def parent_of(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return None
-
-
 @needs_bwrap
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_another_user_than_root_is_confined_too(tmp_path):
     """With the system's interpreter, which every user can read."""
-    if not (python := shutil.which("python3", path="/usr/bin:/bin")):
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    if not python:
         pytest.skip("no interpreter in /usr/bin")
     nobody = pwd.getpwnam("nobody")
-    script = tmp_path / "script.py"
-    source = (ROOT / "eval.py").read_text()
-    start, end = source.index("_PYTHON ="), source.index("@functools.cache\ndef check_sandbox")
-    script.write_text(
-        "import sys, os, shutil, math, json, tempfile, subprocess, signal\nfrom pathlib import Path\n"
-        f"from contextlib import suppress\n{source[start:end]}\n"
-        "assert run_code('import os; assert os.getuid() != 0', timeout=20) and not run_code('import os; os.fork()', timeout=20)\n"
-        "for file in ('/x', '/dev/x'): assert not run_code(f'open({file!r}, \"w\")', timeout=20)\n"
-        "assert run_code('open(\"/tmp/x\", \"w\")', timeout=20)"
-    )
-    os.chmod(tmp_path, 0o755)
-    for folder in tmp_path.parents:
-        if folder != Path("/") and folder != Path("/tmp"):
-            os.chmod(folder, folder.stat().st_mode | 0o055)
-    done = subprocess.run([python, str(script)], user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd="/",
+    shutil.copy(ROOT / "benchmarks.py", tmp_path)
+    code = """if True:
+        from benchmarks import run_code
+        assert run_code("import os; assert os.getuid() != 0", timeout=20)
+        assert not run_code("import os; os.fork()", timeout=20)
+        for file in ("/x", "/dev/x"):
+            assert not run_code(f"open({file!r}, 'w')", timeout=20)
+        assert run_code("open('/tmp/x', 'w')", timeout=20)
+    """
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        os.chmod(folder, folder.stat().st_mode | 0o055)
+    done = subprocess.run([python, "-c", code], user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], cwd=tmp_path,
                           capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})  # fmt: skip
     if "No permissions to create" in done.stderr or "user namespace" in done.stderr:
         pytest.skip(done.stderr[-200:])
