@@ -549,30 +549,23 @@ def failures():
     def shaped(*shape, **options):
         return lambda tokens, positions, _: torch.zeros(2, positions.shape[1], *shape, **options)
 
-    for message, changes, settings in (
-        ("outside its vocabulary of 9", {"denoise": shaped(9)}, config),
-        ("id -1 is outside", {"mask_id": -1, "codec": LONG}, config),
-        ("12 tokens.*give each a codec", {"denoise": shaped(12)}, config),
-        (
-            "must give float logits.* got",
-            {"denoise": lambda x, *_: torch.zeros(*x.shape, 10)},
-            config,
-        ),
-        (
-            "must give float logits.* got .*int64",
-            {"denoise": shaped(10, dtype=torch.int64)},
-            config,
-        ),
-        (
-            "must give float logits.* on cpu, got .*meta",
-            {"denoise": shaped(10, device="meta")},
-            config,
-        ),
-        ("NaN", {"denoise": Constant([math.nan] * 10)}, config),
-        ("NaN", {"denoise": nan_later}, scored),
-        ("NaN", {"denoise": nan_later}, replace(scored, cross_model=False)),
+    def everywhere(tokens, *_):
+        return torch.zeros(*tokens.shape, 10)
+
+    for message, denoise, settings in (
+        ("id 9 is outside its vocabulary of 9", shaped(9), config),
+        ("give logits over 10 and 12 tokens: give each a codec", shaped(12), config),
+        ("must give float logits .*10. torch.float32", everywhere, config),
+        ("must give float logits .*int64", shaped(10, dtype=torch.int64), config),
+        ("must give float logits .*on cpu, got .*meta", shaped(10, device="meta"), config),
+        ("NaN", Constant([math.nan] * 10), config),
+        ("NaN", nan_later, scored),
+        ("NaN", nan_later, replace(scored, cross_model=False)),
     ):
-        yield f"'m2'.*{message}", [members[0], replace(members[1], **changes)], canvases, settings
+        other = replace(members[1], denoise=denoise)
+        yield f"'m2'.*{message}", [members[0], other], canvases, settings
+    negative = replace(members[1], mask_id=-1)
+    yield "'m2': id -1 is outside its vocabulary of 10", [negative], canvases[:1], config
     for rule in (lambda reading: reading.confidence, lambda reading: reading.masked[:, :1]):
         yield "commit must return.*bool, got", members, canvases, Config(commit=rule)
 
