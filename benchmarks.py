@@ -24,51 +24,150 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-# --- the text of an answer -----------------------------------------------------------------------
+# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX ---------------
 
-BRACES = (
-    r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # with braces inside, three deep
+INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # of braces, with more of them three deep
+BOX = rf"\\?\b(?:boxed|fbox)\s*\{{{INSIDE}\}}"
+FORMULA = r"\\\(.*?\\\)"
+LINK = r"(?:[\s,;$]|\\[()\[\]]|\b(?:and|or)\b)*"  # between two boxes or formulas of one list
+END = r"(?<!\\)[\s.,;:!]+(?=\s*\\\)|$)"  # of a sentence, also within a formula, but not \! and \,
+WORDS = (
+    "so|thus|hence|therefore|then|the|our|we|get|have|it|this|final|correct|answer|result|solution|"
+    "value|expression|number|is|are|equals?|would|be"
 )
+LEAD = (  # "So the answer is", "Expression:", "The area is", "="
+    r"(?i)^\s*(?:[\s*_:=,.>#-]*(?:\\text\{\s*)?(?<!\\)\b"
+    rf"(?:(?:{WORDS})\b|[^\W\d_](?:[^\W\d_]| )*(?:\b(?:is|are)\b|(?=[:：]))))+[\s:：=,*_}}]*|^[\s:=#*]+"
+)
+UNIT = (  # or a remark, at the end
+    r"(?:(?<=[\d})])|(?<=\\pi))(?:\s*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}|\s+\([a-z]{3,}[^()\\]*\)|"
+    r"\s+(?!(?:and|or)\b)(?:[a-z]{3,}|ft|cm|mm|km|in|kg|lbs?|oz|hrs?|mi|yd|m|g|s|L|sq\.?)"
+    r"(?:[\s/][a-z]+)*\.?)(?:\^\{?\d\}?)?[\s=]*$"
+)
+DRESSING = (
+    (r"(?<![\\\d])\$\$(.*?)\$\$|(?<!\\)\\\[(.*?)\\\]", r"\\(\1\2\\)"),
+    (r"(?<![\\$])\$(?=\S)((?:\\\$|[^$\n])*?(?<=\S))\$(?!\d)", r"\\(\1\\)"),  # not $5 and $6
+    (rf"\\(?:text(?:bf|it)|mathbf|boldsymbol|underline)\s*\{{({INSIDE})\}}", r"\1"),
+    (r"(?<![\w)}\]*])(\*\*?)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])", r"\2"),  # not x**2
+    (r"</\w+>|<\w{2,}>|<\|.*?\|>|[`\"“”]|^\s*['‘]|['’](?=[\s.]*$)", " "),
+    (LEAD, ""),
+)  # fmt: skip
+NOTATION = (
+    (r"(?:\^\s*\{?\s*\\circ\s*\}?|°|º|\\degree)(?:\s*[CF]\b)?", ""),
+    (r"[⁰¹²³⁴-⁹⁻ⁿ]+", r"^{\g<0>}"),
+    (r"[₀-₉]+", r"_{\g<0>}"),
+    (r"[¼-¾⅐-⅞]", r" \g<0>"),
+    (r"(?s).+", lambda text: unicodedata.normalize("NFKC", text[0])),  # ½ into 1⁄2, a thin space into a space
+    (r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
+    (r"[−–—‐‑]", "-"),
+    (r"[×·⋅∙•∗✕✖⨉]|\\\*|\\(?:times|cdot|ast)(?![a-z])", "*"),
+    (r"\*\*", "^"),
+    (r"\^\s*(-\d+)", r"^{\1}"),
+    (r"[÷⁄]|\\div(?![a-z])", "/"),
+    (r"≤|<=|=<|\\leq?(?:slant)?(?![a-z])", r"\\le "),
+    (r"≥|>=|\\geq?(?:slant)?(?![a-z])", r"\\ge "),
+    (r"±|\+/-|\+-(?=[\s\\])", r"\\pm "),
+    (r"√", r"\\sqrt"),
+    (r"(?<![\\A-Za-z])(sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log)(?![A-Za-z])", r"\\\1"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*(\d+(?:\.\d+)?|[a-z])", r"\\sqrt{\1}"),
+    (r"π|(?<![\\A-Za-z])(?i:pi)(?![A-Za-z])", r"\\pi "),
+    (r"∞|(?<![\\A-Za-z])inf(?:ini)?ty(?![A-Za-z])", r"\\infty "),
+    (r"∪|\\bigcup|(?<=[\])}])\s*(?:U|union)\s*(?=[\[(\\])", r"\\cup "),
+    (r"∈|(?<=[a-zA-Z]) in (?=[\[({\\])", r"\\in "),
+    (r"(?<![\\a-z])exp\s*\(([^()]*)\)", r"e^{\1}"),
+    (r"\\left\s*[\[(]\s*\\begin\{(?:array|smallmatrix)\}(?:\{[^{}]*\})?(.*?)\\end\{\w+\}\s*\\right\s*[\])]",
+     r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"\\[bB]igg?[lr]?(?![a-z])|\\?[$€£₹]|(?<!\\)\\[()]|(?<=\\\\)\[\w*\]", " "),
+    (r"\{,\}|,\\!\s*", ","),
+    (r"(?<=\d)(?:(?<!\\)\\[,!;: ]|[~'’])(?=\d{3}(?!\d))", ""),
+    (r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])", " "),
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),
+    (r"\\[lc]dots|\.{3}", r"\\dots "),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+    (r"\\(?:mathrm|text|mathit|rm|operatorname)\s*\{\s*([ei])\s*\}", r" \1 "),
+    (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),
+    (r"(?<!\\)%|(?<=\d)\s*percent(?:age)?", r"\\%"),
+    (r"(?<=\d)\s*(?:\\text\{\s*)?thousand\}?", "*10^{3}"),
+    (r"(?<=\d)\s*(?:\\text\{\s*)?million\}?", "*10^{6}"),
+    (r"(?<=\d)\s*(?:\\text\{\s*)?billion\}?", "*10^{9}"),
+    (UNIT, ""),
+)  # fmt: skip
 
 
-def bare(text: str) -> str:
-    """Return the answer without \\boxed{}, math delimiters, Markdown and "The answer is"."""
-    boxed = re.search(r"\\boxed\s*" + BRACES, text)
-    text = re.sub(r"(?<!\\)\\[()\[\]]|\$\$|\*\*|`", " ", boxed[1] if boxed else text).strip()
-    words = r"(?i)^(?:\W*\b(?:so|thus|the|final|correct|answer|option|choice|is)\b[\s:,]*)+"
-    return re.sub(words, "", text).strip()
+def unboxed(text: str) -> str:
+    """Return what the last box has in it, or a list of the last boxes in a row; without a box, the text."""
+    text = re.sub(r"\\?\b(?:boxed|fbox)\s*\{\s*(?:\}|$)", " ", text[:2000])  # empty ones
+    cut_off = "}" * (text.count("{") - text.count("}"))  # by the end of the region
+    rows = re.findall(f"{BOX}(?:{LINK}{BOX})*", text + cut_off)
+    if not rows:
+        return text
+    return ", ".join(box[box.index("{") + 1 : -1] for box in re.findall(BOX, rows[-1]))
 
 
-def first_line(text: str) -> str:
-    """Return the first line of the bare answer, or the first matrix even if it takes several."""
-    text = bare(text)
-    matrix = re.match(r"[^\n]*?\\begin\{(\w+)\}.*?\\end\{\1\}", text, re.DOTALL)
-    return matrix[0] if matrix else text.split("\n")[0].strip()
+def sentences(text: str) -> list[str]:
+    """Return an answer's sentences and lines, bare of boxes, Markdown and "The answer is", with formulas in \\( \\)."""
+    text = unboxed(text)
+    for pattern, new in DRESSING:
+        text = re.sub(pattern, new, text, flags=re.DOTALL)
+    in_one_line = FORMULA + r"|\\begin\{(\w+)\}.*?\\end\{\1\}"
+    text = re.sub(in_one_line, lambda part: " ".join(part[0].split()), text, flags=re.DOTALL)
+    parts = re.split(r"\n|(?<=[.!?])\s+(?=[A-Z(])", text)
+    return [re.sub(END, "", part).strip() for part in parts if part.strip()]
+
+
+def latex(text: str) -> str:
+    """Rewrite what people write, like 3½, √(2) and 2*pi cm, into LaTeX."""
+    for pattern, new in NOTATION:
+        text = re.sub(pattern, new, text)
+    return text.strip(" =")
+
+
+def formula(text: str) -> str:
+    """Return the value that an answer gives, in LaTeX. In prose, that is its formula."""
+    text = "".join(sentences(text)[:1])
+    text = re.sub(r"(?<=[^\s,])[\s,(]+(?:because|since|which|where|as|so)\b.*", "", text)
+    rows = re.findall(f"{FORMULA}(?:{LINK}{FORMULA})*", text)
+    if rows and re.search("[A-Za-z]{2}", re.sub(FORMULA, " ", text)):
+        row = rows[0] if text.startswith(r"\(") else rows[-1]
+        text = re.sub(rf"\\\){LINK}\\\(", ", ", row)
+    text = latex(text)
+    words = re.fullmatch(r"[A-Za-z]{3,}|[A-Za-z]{2,}(?: [A-Za-z]+)+", text)
+    return rf"\text{{{text}}}" if words else text
 
 
 # --- mathematics ---------------------------------------------------------------------------------
 
 
 def math_equal(answer: str, gold: str) -> bool:
-    """Return whether math-verify finds two answers, plain or LaTeX, equal.
+    """Return whether two answers, plain or LaTeX, are equal: exactly as decimals, otherwise by math-verify.
 
-    They can be values, tuples, intervals, matrices or sets. math-verify compares to 6 digits and ignores number bases:
-    42_5 equals 42_6. An answer that is empty, longer than 1,000 characters, or takes over 5 seconds or 2 GiB is wrong.
-    ValueError if math-verify doesn't start.
+    math-verify takes values, tuples, intervals, matrices and sets, and compares to 6 digits. An answer that is empty, longer
+    than 1,000 characters, or takes over 5 seconds or 2 GiB is wrong. ValueError if math-verify doesn't start.
     """
-    if not 0 < len(answer) <= 1000:
+    pair = [formula(gold), formula(answer)]
+    if not 0 < len(pair[1]) <= 1000:
+        return False
+    if all(re.fullmatch(r"-?\d*\.?\d+", text) for text in pair):
+        return Fraction(pair[0]) == Fraction(pair[1])
+    if (
+        len(set(re.findall(r"\d_\{?(\d+)", " ".join(pair)))) > 1
+    ):  # number bases, which math-verify ignores
         return False
     grader = _grader()
     verdict = ""
     with suppress(BrokenPipeError):
-        print(json.dumps([gold, answer]), file=grader.stdin, flush=True)
+        print(json.dumps(pair), file=grader.stdin, flush=True)
         verdict = grader.stdout.readline()
     if not verdict:  # this answer ended the grader, so the next answer starts another
         grader.wait()
@@ -90,9 +189,15 @@ def _grader() -> Any:
 def _grade_from_stdin() -> None:
     """Answer each line [gold, answer] with True or False, and end when the other process closes stdin or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
-    _limit_memory(2 << 30)
-    from math_verify import parse, verify
+    with suppress(ImportError, ValueError, OSError):  # Windows and macOS cannot limit memory
+        import resource
 
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    config = LatexExtractionConfig()
+    as_it_is = replace(config.normalization_config, units=False)
+    configs = [replace(config, normalization_config=as_it_is)]
     verdicts = sys.stdout
     print("ready", file=verdicts, flush=True)
     with open(os.devnull, "w") as sys.stderr:
@@ -101,21 +206,12 @@ def _grade_from_stdin() -> None:
             faulthandler.dump_traceback_later(
                 5, exit=True
             )  # also within one long power, unlike Python's signals
-            gold, answer = (
-                text if re.search(r"(?<!\\)\$.+(?<!\\)\$", text) else f"${text}$"
-                for text in json.loads(line)
-            )
-            parsed = (parse(text, parsing_timeout=None) for text in (gold, answer))
-            print(verify(*parsed, timeout_seconds=None), file=verdicts, flush=True)
+            parsed = [
+                parse(f"${text}$", configs, parsing_timeout=None) for text in json.loads(line)
+            ]
+            equal = verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None)
+            print(equal, file=verdicts, flush=True)
             faulthandler.cancel_dump_traceback_later()
-
-
-def _limit_memory(most: int) -> None:
-    """Limit this process's memory, in bytes, where the system can: Windows and macOS cannot."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 # --- running code: only on request, and confined -------------------------------------------------
@@ -125,7 +221,7 @@ PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 # working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
 # As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
 RUNNER = r"""
-import functools, json, os, resource, sys, types
+import contextlib, functools, json, os, resource, sys, types
 def prepare():
     sources, token, limits, user = json.load(sys.stdin)
     result = os.dup(1)
@@ -135,7 +231,8 @@ def prepare():
         os.setgid(user)
         os.setuid(user)
     for name, most in limits.items():
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS refuses AS
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     module = sys.modules["program"] = types.ModuleType("program")
     actions = []
     for number, source in enumerate(sources):
@@ -155,34 +252,31 @@ def run_code(
     """Return whether the Python `sources`, run one after the other as one module, all run through to their ends.
 
     They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user: without environment or input,
-    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes), size of files and,
-    except for root unconfined, processes. Success is a random token written last, so leaving early is failure; but a
-    program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
+    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS), size
+    of files and, except for root unconfined, processes. Success is a random token written last, so leaving early is
+    failure; but a program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
     """
     token = secrets.token_hex(16)
     limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}  # fmt: skip
     nobody = 65534 if confined and os.getuid() == 0 else None
     job = json.dumps([sources, token, limits, nobody]).encode()
     command = [*(_bubblewrap() if confined else []), PYTHON, "-I", "-B", "-c", RUNNER]
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with (
-        suppress(
-            OSError, subprocess.TimeoutExpired, RecursionError
-        ),  # nested folders are too deep to be removed
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        suppress(subprocess.TimeoutExpired, RecursionError),  # nested folders are too deep to be removed
+        nullcontext() if confined else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as result,  # limited in size, unlike a pipe's reader
         subprocess.Popen(
-            command, cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"}, start_new_session=True, **pipes
+            command, cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=result, stderr=subprocess.DEVNULL,
         ) as process,
-    ):
-        os.set_blocking(process.stdout.fileno(), False)
+    ):  # fmt: skip
         try:
-            process.stdin.write(job)
-            process.stdin.close()
-            process.wait(timeout)
+            process.communicate(job, timeout)
         finally:
             with suppress(OSError):  # none of its session is left
                 os.killpg(process.pid, signal.SIGKILL)
-        return os.read(process.stdout.fileno(), 64) == token.encode()
+        result.seek(0)
+        return result.read(64) == token.encode()
     return False
 
 
@@ -210,13 +304,16 @@ def _bubblewrap() -> list[str]:
 
 @functools.cache
 def check_sandbox(confined: bool) -> None:
-    """Raise ValueError, with bubblewrap's own words, where code cannot be run."""
+    """Raise ValueError, with the system's own words, where code cannot be run."""
+    if not hasattr(os, "killpg"):
+        raise ValueError("--run-code needs Linux, or unconfined macOS")
     command = [*(_bubblewrap() if confined else []), PYTHON, "-c", ""]
     tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
     if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
+        how = "confined" if confined else "unconfined"
+        advice = ": allow user namespaces, update bubblewrap; in a container, --run-code unconfined"
         raise ValueError(
-            f"--run-code cannot confine here ({tried.stderr.strip()[:200]}): allow user namespaces, "
-            "update bubblewrap; in a container, --run-code unconfined"
+            f"--run-code cannot run code {how} here ({tried.stderr.strip()[:200]}){confined * advice}"
         )
 
 
@@ -261,44 +358,62 @@ class Benchmark:
 
 
 # The prompts are our own words after simple-evals and, for Countdown, Wang et al. 2026; those for code are of App. A.3.
-def _step_by_step(instruction: str, name: str, meaning: str) -> str:
-    return (
-        f"{instruction} Think step by step first, then give your final answer on a last line of the form "
+def _step_by_step(instruction: str, name: str, meaning: str, *question: str) -> str:
+    instruction += (
+        " Think step by step first, then give your final answer on a last line of the form "
         f"'Answer: {name}', where {name} {meaning}, and nothing after it."
     )
+    return "\n\n".join((instruction, *question))
 
 
 class MultipleChoice(Benchmark):
     length = 128
     answer_length = 16
+    CAPITAL = (  # neither the article A nor a letter of a word or formula
+        r"([A-E])(?!\w|['’-]\w|\s*[=+*/^<>\\]|\s+(?:and|or)\b)"
+        r"(?!(?<=A)\s+(?!is\b|was\b|because\b|since\b|as\b)[a-z])"
+    )
+    AFTER = (  # the word "answer" or "option"
+        r"(?:[^\w.?!]+(?i:is|be|would|should|must|the|option|choice|letter|most|likely|correct|therefore|clearly))*"
+        rf"[^\w.?!]*?(?:{CAPITAL}|([a-e])(?=[)\]]|\W*$))"
+    )
+    PATTERNS = (
+        r"^\W*([A-Ea-e])[^\w+]*$",
+        r"^[^\w\\]*([A-Ea-e])(?:[)\]}>:]|[.,]?['’](?!\w)|\.(?=\s|$))",  # marked at the start
+        r"(?i:\b(?:answer|letter))" + AFTER,
+        r"(?i:\b(?:choice|option))" + AFTER,
+        r"(?:^|(?<!\w)[(\[{]\s*|[^\w\s'’=+/^\\|(\[{-]\s*|\n\s*|"
+        r"(?i:\b(?:is|be|so|thus|hence|therefore|choose|pick|select|say|think|guess|with)|['’]s)\s+)" + CAPITAL,
+    )  # fmt: skip
 
     def ask(self, question: str, choices: list[str], right: int) -> tuple[str, str]:
         letters = "ABCDE"[: len(choices)]
         listed = "\n".join(f"{letter}) {choice}" for letter, choice in zip(letters, choices))
-        instruction = _step_by_step(
-            "Answer the multiple choice question below.",
-            "LETTER",
-            f"is one of {', '.join(letters)}",
-        )
-        return f"{instruction}\n\n{question.strip()}\n\n{listed}", letters[right]
+        instruction = "Answer the multiple choice question below."
+        meaning = f"is one of {', '.join(letters)}"
+        prompt = _step_by_step(instruction, "LETTER", meaning, question.strip(), listed)
+        return prompt, letters[right]
 
-    def extract(self, text: str) -> str:
-        """Return the first letter A to E that stands alone, "" if there is none."""
-        text = re.sub(r"\\(?:text|mathbf|mathrm|textbf)\b", " ", bare(text))
-        alone = r"(?<![A-Za-z'’])([A-E])(?![A-Za-z'’])"
-        found = re.fullmatch(r"\W*([a-e])\W*", text) or re.search(alone, text)
-        return found[1].upper() if found else ""
+    def extract(self, text):
+        """Return the letter, of a box or else of the whole text; "" if there is none."""
+        for part in (unboxed(text), text[:2000]):
+            part = re.sub(
+                r"\\(?:text|math)\w*|\\[()\[\]]|</\w+>|<\w{2,}>|<\|.*?\|>|[*_`\"“”]", " ", part
+            ).strip()
+            for pattern in self.PATTERNS:
+                found = re.search(pattern, part)
+                if found:
+                    return "".join(letter or "" for letter in found.groups()).upper()
+        return ""
 
 
 class MMLU(MultipleChoice):
     data = "MMLU's test csv (question, four choices, letter), or a folder of them"
     table_3 = (61.23, 67.46, 67.26, 67.55, 67.25, 67.53, 67.34)
 
-    def parse(self, row: Any) -> tuple[str, str]:
-        question, *choices, letter = row
-        if len(choices) != 4:
-            raise ValueError(f"expected 6 columns, got {len(row)}")
-        return self.ask(question, choices, [*"ABCD"].index(letter))
+    def parse(self, row):
+        question, a, b, c, d, letter = row
+        return self.ask(question, [a, b, c, d], [*"ABCD"].index(letter))
 
 
 class MMLUStar(MMLU):
@@ -318,7 +433,7 @@ class ARCChallenge(MultipleChoice):
     data = "ARC-Challenge-Test.jsonl (question: stem and choices, answerKey)"
     table_3 = (85.15, 86.69, 88.57, 89.16, 88.82, 88.57, 88.74)
 
-    def parse(self, row: Any) -> tuple[str, str]:
+    def parse(self, row):
         choices = row["question"]["choices"]
         labels = [
             choice["label"] for choice in choices
@@ -331,59 +446,58 @@ class WinoGrande(MultipleChoice):
     data = "WinoGrande's dev.jsonl (sentence, option1, option2, answer)"
     table_3 = (71.59, 72.22, 73.72, 72.85, 73.95, 71.90, 73.88)
 
-    def parse(self, row: Any) -> tuple[str, str]:
+    def parse(self, row):
         question = (
             f"Which choice belongs in the place of the _ in this sentence?\n{row['sentence']}"
         )
         return self.ask(question, [row["option1"], row["option2"]], [*"12"].index(row["answer"]))
 
 
-class GSM8K(Benchmark):
+class Mathematics(Benchmark):
+    tcc_interval = 16
+    instruction = "Solve the mathematics problem below."
+
+    def correct(self, answer, gold, confined):
+        return math_equal(answer, gold)
+
+
+class GSM8K(Mathematics):
     data = "GSM8K's test.jsonl (question, answer with ####)"
     length = 256
     answer_length = 16
-    tcc_interval = 16
     table_3 = (78.77, 78.39, 80.29, 83.47, 82.71, 83.62, 82.56)
+    FRACTION = r"\\frac\s*(?:\d|\{\d+\})\s*(?:\d|\{\d+\})"
+    TERM = rf"(?:{FRACTION}|\\sqrt\{{\d+\}}|(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:\s*{FRACTION})?)"
+    CALCULATION = rf"(?<![\^_])(?:(?<!\w)-\s*)?{TERM}(?:(?:\s*[-+*/^:]\s*|,)(?:{TERM}|\{{\d+\}}))*"
 
-    def parse(self, row: Any) -> tuple[str, str]:
-        instruction = _step_by_step(
-            "Solve the mathematics problem below.", "NUMBER", "is the number alone"
-        )
+    def parse(self, row):
         number = Fraction(row["answer"].split("####")[1].strip().replace(",", ""))
-        return f"{instruction}\n\n{row['question']}", str(number)
+        meaning = "is the number alone"
+        return _step_by_step(self.instruction, "NUMBER", meaning, row["question"]), str(number)
 
-    def extract(self, text: str) -> str:
-        """Return the first number of the first line that has one, after its last "="."""
-        lines = [line for line in bare(text).splitlines() if re.search("[0-9]", line)]
-        line = "".join(lines[:1]).split("=")[-1].replace("−", "-")
-        line = re.sub(r"(?<=[0-9]),(?:\\!)?\s?(?=[0-9]{3}(?![0-9]))|\\?\$", "", line)
-        found = re.search(r"-?\s?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)", line)
-        return found[0].replace(" ", "") if found else ""
+    def extract(self, text):
+        """Return the first number or calculation of the first sentence that has one, after its last "="."""
+        lines = [line for line in sentences(text) if re.search(r"[\d¼-¾⅐-⅞]", line)]
+        line = re.sub(r"^\s*[-*•]\s+", "", "".join(lines[:1]))  # the mark of a list
+        line = latex(re.split(r"=|≈|\\approx", line)[-1])
+        line = re.sub(r"(?<=\d)\s*[xX]\s*(?=\d)", "*", line)
+        line = re.sub(r"(?<=\d),\s?(?=\d{3}(?!\d))", "", line)
+        found = re.search(self.CALCULATION, line)
+        return found[0] if found else ""
 
-    def correct(self, answer: str, gold: str, confined: bool) -> bool:
-        return math_equal(answer, gold)
 
-
-class MATH500(Benchmark):
+class MATH500(Mathematics):
     data = "MATH500's test.jsonl (problem, answer)"
     length = 512
     answer_length = 64
-    tcc_interval = 16
     table_3 = (37.4, 48.0, 43.0, 48.6, 47.0, 45.2, 48.4)
 
-    def parse(self, row: Any) -> tuple[str, str]:
-        instruction = _step_by_step(
-            "Solve the mathematics problem below.", "ANSWER", "is the value alone, in LaTeX"
-        )
-        if not isinstance(row["answer"], str):
-            raise TypeError(f"answer must be a text, got {row['answer']!r:.80}")
-        return f"{instruction}\n\n{row['problem']}", row["answer"]
+    def parse(self, row):
+        meaning = "is the value alone, in LaTeX"
+        prompt = _step_by_step(self.instruction, "ANSWER", meaning, row["problem"])
+        return prompt, str(row["answer"])
 
-    def extract(self, text: str) -> str:
-        return first_line(text)
-
-    def correct(self, answer: str, gold: str, confined: bool) -> bool:
-        return math_equal(answer, gold)
+    extract = staticmethod(formula)
 
 
 class Code(Benchmark):
@@ -393,9 +507,33 @@ class Code(Benchmark):
     answer_window = 8
     runs_code = True
 
-    def extract(self, text: str) -> str:
+    def extract(self, text):
         """Return the code up to the closing fence; its indentation stays, since it may continue the prompt's function."""
         return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
+
+    def shapes(self, code: str) -> list[str]:
+        """Return the code as it is, and with indentation undone that models add to it or to all but the first line."""
+        first, _, rest = code.partition("\n")
+        flush = first.lstrip()
+        return [
+            code,
+            textwrap.dedent(code),
+            f"{flush}\n{rest}",
+            f"{flush}\n{textwrap.dedent(rest)}",
+        ]
+
+
+def first_valid(programs: list[str]) -> str:
+    """Return the first program that compiles, or else the first."""
+    for program in programs:
+        with (
+            warnings.catch_warnings(),
+            suppress(SyntaxError, ValueError, RecursionError, MemoryError),
+        ):
+            warnings.simplefilter("ignore")
+            compile(program, "answer", "exec")
+            return program
+    return programs[0]
 
 
 class HumanEval(Code):
@@ -403,27 +541,25 @@ class HumanEval(Code):
     table_3 = (45.73, 61.59, 55.49, 54.27, 57.32, 57.93, 57.32)
     table_4 = (72.56, 70.12, 72.56, 72.56)
 
-    def parse(self, row: Any) -> tuple[str, dict]:
+    def parse(self, row):
         gold = {key: row[key] for key in ("prompt", "entry_point", "test")}
-        if f"def {gold['entry_point']}" not in gold["prompt"]:
-            raise ValueError("the prompt doesn't define the entry point")
         prompt = (
             "Read the following function signature and docstring, and fully implement the function described. "
             f"Return only the Python function, no explanation.\n\n{gold['prompt']}"
         )
         return prompt, gold
 
-    def correct(self, answer: str, gold: dict, confined: bool) -> bool:
+    def correct(self, answer, gold, confined):
         """Run the prompt's imports and helpers, the answer, the tests."""
         name = gold["entry_point"]
         helpers = gold["prompt"].split(f"def {name}")[0]
-        if not re.search(
-            rf"^(?:async +)?def +{name}\b|^{name} *=", answer, re.MULTILINE
-        ):  # it continues the prompt
-            answer = gold["prompt"] + (
-                answer if answer[:1].isspace() else textwrap.indent(answer, "    ")
-            )
-        return run_code(helpers, answer, gold["test"], f"check({name})", confined=confined)
+        shapes = self.shapes(answer)
+        if not re.search(rf"^[ \t]*(?:async +)?def +{name}\b|^{name} *=", answer, re.MULTILINE):
+            continued = [textwrap.indent(shape, "    ") for shape in shapes]
+            shapes = [gold["prompt"] + shape for shape in (answer, *continued)]
+        return run_code(
+            helpers, first_valid(shapes), gold["test"], f"check({name})", confined=confined
+        )
 
 
 class MBPP(Code):
@@ -432,7 +568,7 @@ class MBPP(Code):
     table_3 = (53.16, 63.23, 62.53, 64.17, 62.06, 62.76, 62.06)
     table_4 = (75.88, 72.60, 76.11, 76.58)
 
-    def parse(self, row: Any) -> tuple[str, dict]:
+    def parse(self, row):
         gold = {key: row[key] for key in ("test_imports", "test_list")}
         tests = "\n".join(gold["test_list"])
         prompt = (
@@ -441,7 +577,8 @@ class MBPP(Code):
         )
         return prompt, gold
 
-    def correct(self, answer: str, gold: dict, confined: bool) -> bool:
+    def correct(self, answer, gold, confined):
+        answer = first_valid(self.shapes(answer))
         return run_code(answer, *gold["test_imports"], *gold["test_list"], confined=confined)
 
 
@@ -450,52 +587,52 @@ class Countdown(Benchmark):
     length = 256
     answer_length = 32
     table_3 = (13.4, 16.4, 19.2, 18.8, 18.8, 19.4, 18.6)
+    PLAIN = (
+        *[(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")] * 3,  # fractions within fractions
+        (r"\\(?:left|right)(?![a-z])", ""),
+        (r"[\[{]", "("),
+        (r"[\]}]", ")"),
+        (r"->|→", "="),
+        (r"(?<=[\d)])\s*[xX]\s*(?=[\d(])", "*"),
+        (r"[A-Za-z]+\(|\d[A-Za-z]|[A-Za-z]\d|\\%", "!"),  # functions and variables
+    )  # fmt: skip
 
-    def parse(self, row: Any) -> tuple[str, dict]:
+    def parse(self, row):
         if "nums" in row:
             numbers, target = row["nums"], row["target"]
         else:  # "15,44,79,50" of Dream ends in the target, which d1 has as its output
             numbers, target = row["input"].split(","), row["output"]
             target = target if target.isdigit() else numbers.pop()
-        numbers = [int(number) for number in numbers]
+        gold = {"numbers": [int(number) for number in numbers], "target": int(target)}
         instruction = (
-            f"Make an arithmetic expression with the value {int(target)} from the numbers {str(numbers)[1:-1]}. Use every "
-            "number exactly once; the operations are + - * / and brackets are allowed."
+            f"Make an arithmetic expression with the value {target} from the numbers {str(gold['numbers'])[1:-1]}. Use "
+            "every number exactly once; the operations are + - * / and brackets are allowed."
         )
-        prompt = _step_by_step(
-            instruction, "EXPRESSION", "is the expression alone without an equals sign"
-        )
-        return prompt, {"numbers": numbers, "target": int(target)}
+        meaning = "is the expression alone without an equals sign"
+        return _step_by_step(instruction, "EXPRESSION", meaning), gold
 
-    def extract(self, text: str) -> str:
-        return first_line(text)
+    def extract(self, text):
+        return "\n".join(sentences(text))
 
-    def correct(self, answer: str, gold: dict, confined: bool) -> bool:
-        """Return whether one side of the answer uses each number exactly once, with + - * / only, and is the target."""
-        for pattern, new in self.NOTATION:
-            answer = re.sub(pattern, new, answer[:1000])
-        return any(
-            self.value(side, gold["numbers"]) == gold["target"] for side in answer.split("=")
-        )
+    def correct(self, answer, gold, confined):
+        """Return whether an expression in the answer has each number once, + - * / only, and the target as its value."""
+        answer = latex(answer)
+        for pattern, new in self.PLAIN:
+            answer = re.sub(pattern, new, answer)
+        for part in re.split(r"[^-+*/() \d.!^%]+", answer):
+            text = re.sub(r"^[\s).]*(?:-\s)?|[\s(.]*$", "", part)
+            for closed in (text, f"{text})", f"({text}"):
+                if self.value(closed, gold["numbers"]) == gold["target"]:
+                    return True
+        return False
 
-    NOTATION = (
-        *[(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))")]
-        * 3,  # fractions within fractions
-        (r"\\(?:cdot|times)(?![a-z])|[×·⋅]", "*"),
-        (r"\\div(?![a-z])|÷", "/"),
-        (r"\\(?:left|right)(?![a-z])|\\?\$|\\[,;:! ]|\.\s*$", ""),
-        (r"[−–]", "-"),
-        (r"[\[{]", "("),
-        (r"[\]}]", ")"),
-    )
-
-    def value(self, expression: str, numbers: list[int]) -> Fraction | None:
-        """Return the exact value, None if it isn't an expression in + - * / with each number once."""
-        used = sorted(map(int, re.findall("[0-9]+", expression)))
-        allowed = r"(?:(?!\*\s*\*|/\s*/|\(\s*\)|,)[-+*/() 0-9])*"
-        if used != sorted(numbers) or not re.fullmatch(allowed, expression):
+    def value(self, text: str, numbers: list[int]) -> Fraction | None:
+        """Return the exact value of an expression in + - * / with each number once, None of any other."""
+        used = map(int, re.findall(r"\d+", text))
+        allowed = r"(?:(?!\*\s*\*|/\s*/|\(\s*\))[-+*/() \d])*"
+        if sorted(used) != sorted(numbers) or not re.fullmatch(allowed, text):
             return None
-        exact = re.sub("[0-9]+", lambda number: f"Fraction({int(number[0])})", expression.strip())
+        exact = re.sub(r"\d+", lambda number: f"Fraction({int(number[0])})", text)
         with suppress(SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
             return eval(exact, {"Fraction": Fraction, "__builtins__": {}})
         return None
@@ -525,9 +662,9 @@ def load(task: str, path: str | Path) -> list[Question]:
         subject = re.sub(r"_(test|val|dev)$", "", file.stem)
         if benchmark.subjects and subject not in benchmark.subjects.split():
             continue
-        before = len(questions)
+        count = 0
         try:
-            for count, row in enumerate(_rows(file)):
+            for row in _rows(file):
                 prompt, gold = benchmark.parse(row)
                 names = ("task_id", "unique_id", "id", "qID") if isinstance(row, dict) else ()
                 counted = f"{subject if path.is_dir() else task}/{count}"  # a file may be renamed
@@ -535,11 +672,11 @@ def load(task: str, path: str | Path) -> list[Question]:
                 if key in questions:
                     raise ValueError(f"{key} occurs twice")
                 questions[key] = Question(key, prompt, gold)
+                count += 1
         except Exception as error:  # of any kind: the file is laid out otherwise
-            row_number = len(questions) - before + 1
             found = f"{type(error).__name__}: {error!s:.200}"
             raise ValueError(
-                f"{file}, row {row_number}: expected {benchmark.data} ({found})"
+                f"{file}, row {count + 1}: expected {benchmark.data} ({found})"
             ) from error
     if not questions:
         raise ValueError(f"{path} must be {benchmark.data}, got no questions for {task}")

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -136,10 +137,10 @@ def refusal(task, path, row):
 
 @pytest.mark.parametrize("task, good, bad", [
     *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
-    ("math500", MATH, GSM), ("math500", MATH, MATH), ("math500", MATH, {"problem": "P", "answer": 5}),
+    ("math500", MATH, GSM), ("math500", MATH, MATH),
     ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
     ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
-    ("humaneval", HUMANEVAL, {**HUMANEVAL, "task_id": "x", "entry_point": "other"}),
+    ("humaneval", HUMANEVAL, {"task_id": "x"}),
     ("mbpp", MBPP[0], MBPP[0]), ("mbpp", MBPP[0], {**MBPP[1], "test_list": None}),
     ("countdown", CD3, GSM), ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
 ])  # fmt: skip
@@ -178,83 +179,161 @@ def test_settings_are_the_papers():
     assert BENCHMARKS["gsm8k"].table_3[3] == 83.47  # TIE with token change count
 
 
-# ---- answers
+# ---- answers: the texts are separated by ¦
+
+DRESSES = r"""@ ¦ @. ¦ @, ¦ @; ¦ @! ¦ = @ ¦ : @ ¦ $@$. ¦ $@.$ ¦ \(@\). ¦ \( @ \) ¦ \[@.\] ¦ \[@\]. ¦ $$@.$$ ¦ **@.** ¦ **@**. ¦ *@* ¦ `@` ¦
+"@" ¦ '@'. ¦ The answer is @. ¦ So the final answer is: $@$. ¦ Answer: @ ¦ **Answer:** @ ¦ \boxed{@} ¦ $\boxed{@}$. ¦ \boxed{@.} ¦
+boxed{@} ¦ \boxed{@ ¦ \boxed{}@ ¦ \boxed{} \boxed{@} ¦ \boxed{8} is wrong, so \boxed{@} ¦ Then \[ \boxed{@} \] ¦ \textbf{@} ¦
+@. This is 1 + 1. ¦ @ </s> ¦ $$
+@.
+$$ ¦ @
+
+We check: 1 + 1 = 2."""
+MATRIX = r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}"
+GOLDS = [r"\frac{14}{3}", r"3\sqrt{13}", "(6,31,-1)", "(3,4]", "x^3+3x-6", "p - q", r"\text{Evelyn}", r"\$36", "-2", MATRIX]  # fmt: skip
 
 
-@given(st.sampled_from("ABCDE"), st.sampled_from([
-    "{}", " {}.", "({})", "**{}**", "{}) because A is not", "$\\boxed{{{}}}$", "\\boxed{{\\text{{{}}}}}", "The answer is {}.",
-    "Option {}: iron", "\n{}\n", "\\text{{({})}}", "the correct answer is **({})**", "`{}`", "{}. Dogs bark",
-    "\\(\\mathbf{{{}}}\\)",
-]))  # fmt: skip
-def test_a_letter_in_any_dress(letter, dress):
-    assert right("mmlu", letter, dress.format(letter))
-    if dress in ("{}", "({})", "**{}**"):
-        assert right("mmlu", letter, dress.format(letter.lower()))
+@pytest.mark.parametrize("dress", DRESSES.split("¦"))
+def test_an_answer_in_any_dress(dress):
+    dress = dress.strip()
+    for gold, other in zip(GOLDS, GOLDS[1:] + GOLDS[:1]):
+        assert right("math500", gold, dress.replace("@", gold))
+        assert not right("math500", other, dress.replace("@", gold))
+    for answer in ("1,250", "-10", "3.5"):
+        value = float(answer.replace(",", ""))
+        assert right("gsm8k", str(value), dress.replace("@", answer))
+        assert not right("gsm8k", str(value + 1), dress.replace("@", answer))
+    for answer in ("B", "(B)", "B) iron"):
+        assert grade("mmlu", Question("x", "", "B"), dress.replace("@", answer)) == ("B", True)
+    gold = {"numbers": [8, 3, 2], "target": 22}
+    assert right("countdown", gold, dress.replace("@", "8 * 3 - 2"))
+    assert not right("countdown", {**gold, "target": 8}, dress.replace("@", "8 * 3 - 2"))
 
 
-@settings(max_examples=25)
-@given(st.integers(-(10**7), 10**7), st.sampled_from([
-    "{:,}", "${:,}.00", "{} dollars", "**{}**", "{}.", "\\boxed{{{:,}}}", "The answer is {}", "3 + 4 = {}", "\\(x = {}\\)",
-    "{:,} cm^2", "\\${:,}\n99",
-]))  # fmt: skip
-def test_a_number_in_any_dress(number, dress):
-    text = dress.format(number)
-    assert right("gsm8k", str(number), text)
-    assert not right("gsm8k", str(number + 1), text)
-
-
-EQUAL = [
-    ("\\frac{14}{3}", "14/3"), ("\\frac43", "\\dfrac{4}{3}"), ("\\frac{1}{2}", "0.5"), ("1\\frac{4}{5}", "9/5"),
-    ("10,\\!080", "10080"), ("\\$32,\\!348", "$32,348"), ("90^\\circ", "90"), ("50\\%", "50"), ("5.4 \\text{ cents}", "5.4"),
-    ("\\text{east}", "East"), ("\\text{(C)}", "C"), ("x=5", "5"), ("x \\in [-2,7]", "[-2, 7]"), ("3, 5, 7", "7,3,5"),
-    ("1 \\pm \\sqrt{19}", "1 - \\sqrt{19}, 1 + \\sqrt{19}"), ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"),
-    ("6 - 5i", "-5i+6"), ("(a+5)(b+2)", "ab+2a+5b+10"), ("(0,9) \\cup (9,36)", "(9,36) \\cup (0,9)"), ("5", "so it is $5$"),
-    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{bmatrix} -\\frac13 \\\\ \\frac23 \\end{bmatrix}"),
+KINDS = [  # task, gold, texts that say it, texts that don't
+    ("math500", r"\frac{14}{3}", r"14/3 ¦ 4\frac23 ¦ 4 2/3 ¦ 4⅔ ¦ 14÷3 ¦ \dfrac{14}3 cm ¦ x = \frac{14}{3} ¦ 4.666666666667 ¦ it is $14/3$",
+     r"4.67 ¦ 14 ¦ 3/14 ¦ 14/3x ¦ 14:33 ¦ 4 1/3 ¦ \frac{14}{3"),
+    ("math500", r"4\sqrt{2}", r"4√2 ¦ 4√(2) ¦ 4 \sqrt 2 ¦ 4*sqrt(2) ¦ 4\cdot\sqrt(2) ¦ √32 ¦ 4√2 ≈ 5.66", r"4 ¦ 4√3 ¦ 4√ ¦ 4 \sqrt( ¦ √2 ¦ 5.66"),
+    ("math500", r"\sqrt{51}", r"\sqrt 51 ¦ √51 ¦ sqrt 51 ¦ \sqrt(51)", r"\sqrt{5} ¦ \sqrt{5}1 ¦ 51"),
+    ("math500", r"12\pi", r"12π ¦ 12pi ¦ 12*pi ¦ 12 × π ¦ 12\pi\text{ cm}^2 ¦ 12π square feet", r"12 ¦ 12π² ¦ 37.7 ¦ 12\pi r"),
+    ("math500", "6+9i", r"6 + 9*i ¦ 6+9\mathrm{i} ¦ 9i + 6 ¦ 6 + 9 i ¦ 6 + 9\imath", r"6 ¦ 6+9 ¦ 6-9i ¦ 9i"),
+    ("math500", "5", r"5 cm ¦ 5\text{ inches} ¦ 5.0 ¦ 10/2 ¦ $5$ cm ¦ x = 5 ¦ 5°",
+     r"5c ¦ 5\mathrm{i} ¦ 5 + \mathrm{e} ¦ 5 # 2 ¦ 5\imath ¦ 5½ ¦ 5² ¦ 5^- ¦ 5*10^3 ¦ 5 million ¦ 5, \ldots ¦ 5 or 3 ¦ 5 + ¦ \boxed{5}, \boxed{6}"),
+    ("math500", "x^3+3x-6", r"x³ + 3x − 6 ¦ x**3 + 3*x - 6 ¦ x^{3}+3\cdot x-6 ¦ f(x) = x^3+3x-6", r"x^3 ¦ x^3+3x+6 ¦ x^2+3x-6"),
+    ("math500", "10,\\!080", "10080 ¦ 10,080 ¦ 10{,}080 ¦ 10\\,080 ¦ 10 080 ¦ 10\u202f080 ¦ 10'080", "10 ¦ 10, 80 ¦ 10.080 ¦ 10 80"),
+    ("math500", "(3,4]", r"3 < x ≤ 4 ¦ 3 < x <= 4 ¦ x ∈ (3, 4] ¦ \left(3, 4\right]", r"3 \le x \le 4 ¦ [3,4] ¦ (3,4) ¦ x > 3"),
+    ("math500", r"(-\infty, 2) \cup (3, \infty)", "(-∞, 2) ∪ (3, ∞) ¦ (-infinity,2) U (3,+infinity)", "(-∞, 2) ¦ (-∞, 2] ∪ (3, ∞)"),
+    ("math500", "3, 5, 7", r"\boxed{3}, \boxed{5}, \boxed{7} ¦ 7, 3 and 5 ¦ $3$, $5$, and $7$ ¦ \{3, 5, 7\}", "3, 5 ¦ 3 ¦ 3, 5, 8"),
+    ("math500", r"1 \pm \sqrt{19}", r"1 ± √19 ¦ x = 1 ± \sqrt{19} ¦ 1 + \sqrt{19} \text{ or } 1 - \sqrt{19}", "1 + √19 ¦ ±√19"),
+    ("math500", MATRIX, r"\left(\begin{array}{c} -\frac13 \\[2pt] 2 \end{array}\right) ¦ \begin{bmatrix} -1/3 \\ 2 \end{bmatrix}",
+     r"\begin{pmatrix} 2 \\ -1/3 \end{pmatrix} ¦ \begin{pmatrix} -1/3 \\ -2 \end{pmatrix}"),
+    ("math500", ".0000672", r"6.72 \times 10^{-5} ¦ 6.72*10^-5 ¦ 6.72 × 10⁻⁵", ".00007 ¦ .0000673"),
+    ("math500", "52_8", "52_{8} ¦ 52₈ ¦ 52", "52_9 ¦ 25_8"),
+    ("math500", r"28\%", r"28% ¦ 28 percent ¦ 28 ¦ 28\text{ percent}", "82% ¦ 2.8"),
+    ("gsm8k", "18", r"\$18.00 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
+     r"18/5 ¦ \frac{18}{5} ¦ 18 million ¦ 2^{18} ¦ 18½ ¦ -18 ¦ –18 ¦ 18 000 ¦ 18:2 ¦ 18 = 9 ¦ \sqrt{18} ¦ \boxed{}"),
+    ("gsm8k", "1250", "1,250 ¦ 1 250 ¦ 1\u2009250 ¦ 1\\,250 ¦ 1{,}250 ¦ 1'250 ¦ 1.25 thousand ¦ 1.25 × 10^3", "1 ¦ 250 ¦ 125"),
+    ("gsm8k", "1.5", r"3/2 ¦ 1½ ¦ 1 1/2 hours ¦ 1\frac12 ¦ \frac{3}{2} ¦ 1.50", "1 ¦ 3 ¦ 1/2 ¦ 11/2"),
+    ("gsm8k", "1500000", r"1.5 million ¦ \$1.5 \text{ million} ¦ 1,500,000.00", "1.5 ¦ 1.5 billion"),
+    ("mmlu", "B", r"""b ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
+     ANSWER IS B. A is wrong. ¦ the answer is (b) ¦ Option B: iron ¦ Antwort: B ¦ \boxed{A = \pi r^2} Answer: B ¦ I think it's B""",
+     "A car ¦ Don't know ¦ Vitamin B ¦ A = B + 1 ¦ A and B ¦ It's cold ¦ "),
+    ("mmlu", "A", "A ¦ a) a car ¦ (A) Vitamin C ¦ A because B is not ¦ The answer is A.", "A car ¦ the answer is a car ¦ None of the above"),
+    ("countdown", {"numbers": [6, 4, 3, 5], "target": 30},
+     r"""(6 - 4) x 3 X 5 ¦ (6-4)∗3•5 ¦ (6 − 4) \* 3 \times 5 = 30. ¦ The expression (6-4)*3*5, which equals 30, is right ¦ [6-4]*3*5 -> 30 ¦
+     EXPRESSION = '(6-4)*3*5' ¦ 30 = (6-4)\cdot3\cdot5 (each number once) ¦ Use \((6-4)*3*5\) here""",
+     r"(6-4)*15 ¦ sqrt(6-4)*3*5 ¦ (6-4)*3*5*x ¦ (6-4)*3*5.5 ¦ (6-4)*3*5% ¦ 2(6-4)*3*5 ¦ (6-4)*3*5^2 ¦ (6-4)3*5 ¦ (6-4)*3*5 - 2"),
+    ("countdown", {"numbers": [36, 16, 5], "target": 4}, r"\frac{36-16}{5} ¦ \dfrac{(36 - 16)}{5} = 4 ¦ (36-16) ÷ 5", "36-16/5"),
+    ("countdown", {"numbers": [1, 81, 1, 0], "target": 81}, "-1+81+1+0 ¦ 81 - (-1 + 1 + 0)", "1 + 80"),
 ]  # fmt: skip
-UNEQUAL = [
-    ("\\frac{14}{3}", "4.67"), ("\\frac43", "3/4"), ("10080", "10,81"), ("(3,4]", "[3,4]"), ("(1,2)", "(2,1)"), ("1,-2", "1"),
-    ("6 - 5i", "6 + 5i"), ("\\text{east}", "west"), ("\\text{(C)}", "B"), ("x^2", "2x"), ("\\pi", "3.14159"), ("5", ""),
-    ("5", "\\boxed{}"), ("0", "1/0"), ("10000000001", "10000000002"), ("\\frac{1}{2}", "\\frac{1}{2}x"), ("9", "9^9^9^9"),
-    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 2 \\\\ 1 \\end{pmatrix}"),
-]  # fmt: skip
 
 
-@pytest.mark.parametrize("gold, answer", EQUAL)
-def test_answers_of_equal_value(gold, answer):
+@pytest.mark.parametrize("task, gold, same, others", KINDS)
+def test_answers_as_people_write_them(task, gold, same, others):
+    assert [text for text in same.split("¦") if not right(task, gold, text.strip())] == []
+    assert [text for text in others.split("¦") if right(task, gold, text.strip())] == []
+
+
+EQUAL = r"""\frac43 ¦ \dfrac{4}{3}
+\frac{1}{2} ¦ 0.5
+1\frac{4}{5} ¦ 9/5
+\$32,\!348 ¦ $32,348
+90^\circ ¦ 90
+5.4 \text{ cents} ¦ 5.4
+\text{east} ¦ East
+\text{(C)} ¦ C
+x=5 ¦ 5
+x \in [-2,7] ¦ [-2, 7]
+1 \pm \sqrt{19} ¦ 1 - \sqrt{19}, 1 + \sqrt{19}
+\frac{\sqrt{3}}{3} ¦ \frac{1}{\sqrt{3}}
+(a+5)(b+2) ¦ ab+2a+5b+10
+(0,9) \cup (9,36) ¦ (9,36) \cup (0,9)
+\tan^2(y)+1 ¦ \sec^2(y)
+2x+4y-3=0 ¦ y = -\frac{1}{2}x + \frac{3}{4}
+m \geq \sqrt{2} ¦ m \in [\sqrt{2}, +\infty)"""
+UNEQUAL = r"""(1,2) ¦ (2,1)
+\text{east} ¦ west
+\text{(C)} ¦ B
+x^2 ¦ 2x
+\pi ¦ 3.14159
+5 ¦
+0 ¦ 1/0
+10000000001 ¦ 10000000002
+\frac{1}{2} ¦ \frac{1}{2}x
+9 ¦ 9^9^9^9
+\pm 2021 ¦ 2021
+1:2:3:\ldots ¦ 1:4:9:\ldots
+n=2, 3, 4 ¦ n=1, 2, 3
+\frac{x^2}{4}+\frac{y^2}{3}=1 ¦ \frac{x^2}{16}+\frac{y^2}{12}=1
+D = (0, 1) ¦ D = (0, 1.5)"""
+
+
+@pytest.mark.parametrize("pair", EQUAL.split("\n"))
+def test_answers_of_equal_value(pair):
+    gold, answer = pair.split(" ¦ ")
     assert math_equal(answer, gold) and math_equal(gold, answer)
 
 
-@pytest.mark.parametrize("gold, answer", UNEQUAL)
-def test_answers_of_unequal_value(gold, answer):
+@pytest.mark.parametrize("pair", UNEQUAL.split("\n"))
+def test_answers_of_unequal_value(pair):
+    gold, answer = pair.split(" ¦")
     assert not math_equal(answer, gold)
 
 
-PIECES = [
-    "\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "^", "9", "99", "*", "**", "/", "-", "x", "i", "\\pi", ",", " ", ".",
-    "=", "\\cup", "\\pm", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "\\text{a}", "%", "0", "log", "\\{", "\\}", "_", "$",
-]  # fmt: skip
+PIECES = r"""\frac \sqrt { } ( ) [ ] ^ 9 99 * ** / - x i \pi , . = \cup \pm \begin{pmatrix} \end{pmatrix} \\ & \text{a} % 0 log \{ \} _ $
+\boxed{ \( \) \[ \] A B answer is ½ √ ² : ' " and Option <"""
 NINES = {"numbers": [9, 9], "target": 1}
 
 
 @settings(max_examples=100)
-@given(st.text(max_size=400) | st.lists(st.sampled_from(PIECES), max_size=20).map("".join))
+@given(
+    st.text(max_size=400)
+    | st.lists(st.sampled_from([" ", *PIECES.split()]), max_size=20).map("".join)
+)
 def test_no_text_breaks_the_graders(text):
     for task, gold in (("mmlu", "A"), ("gsm8k", "5"), ("math500", "5"), ("countdown", NINES)):
         answer, correct = grade(task, Question("x", "", gold), text)
         assert isinstance(answer, str) and isinstance(correct, bool)
-    assert math_equal("5", "5")  # the next answer is graded as usual
+    assert math_equal("x", "x")  # the next answer is graded as usual
 
 
-@pytest.mark.parametrize("text", [
-    "9^9^9^9", "9" * 300 + "^" + "9" * 300, "99999999!", "(" * 999, "((9^99)^99)^99^99", "1" + "^9" * 140, "-" * 299 + "1",
-    "9" * 10**6, "(" * 10**6 + ")" * 10**6, "9**9**9**9",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9^9^9^9",
+        "99999999!",
+        "((9^99)^99)^99^99",
+        "(" * 999,
+        "9" * 10**6,
+        "(" * 10**6 + ")" * 10**6,
+    ],
+)
 def test_answers_that_hang_or_exhaust_memory_are_wrong(text):
     start = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     assert not math_equal(text, "5")
     assert not right("countdown", NINES, text)
-    assert math_equal("5", "5.0")
+    assert math_equal("x + 1", "1 + x")
     assert time.monotonic() - start < 60  # far above the limit of 5 seconds
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
@@ -263,12 +342,12 @@ def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
     """The program is read from stdin, which a process of multiprocessing couldn't import again."""
     code = """if True:
         import benchmarks, os, signal, time
-        assert benchmarks.math_equal("1", "1")
+        assert benchmarks.math_equal("x", "x")
         try:
             os.killpg(0, signal.SIGINT)
             time.sleep(60)
         except KeyboardInterrupt:
-            print(benchmarks.math_equal("1", "1.0"), flush=True)
+            print(benchmarks.math_equal("x + 1", "1 + x"), flush=True)
         time.sleep(60)
     """
     pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
@@ -286,29 +365,33 @@ def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
 def test_without_math_verify_it_says_why(tmp_path):
     shutil.copy(ROOT / "benchmarks.py", tmp_path)
     (tmp_path / "math_verify.py").write_text("raise ImportError('no sympy here')")
-    code = "import benchmarks; benchmarks.math_equal('1', '1')"
+    code = "import benchmarks; benchmarks.math_equal('x', 'x')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "ValueError: cannot grade mathematics (ImportError: no sympy here)" in done.stderr
 
 
-@st.composite
-def countdowns(draw):
-    """Numbers and an expression that uses each of them once, with its exact value."""
-    numbers = draw(st.lists(st.integers(1, 99), min_size=2, max_size=5))
-    parts = [(Fraction(n), str(n)) for n in numbers]
-    while len(parts) > 1:
-        (x, a), (y, b) = (parts.pop(draw(st.integers(0, len(parts) - 1))) for _ in "ab")
-        sign = draw(st.sampled_from("+-*/" if y else "+-*"))
-        value = {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}[sign]
-        parts.append((value, f"({a}{sign}{b})"))
-    return numbers, parts[0]
-
-
-@given(countdowns(), st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]))  # fmt: skip
-def test_countdown_takes_each_number_once_in_any_order(case, dress):
-    numbers, (value, expression) = case
+@given(
+    st.lists(st.integers(1, 99), min_size=2, max_size=5),
+    st.text("+-*/", min_size=4, max_size=4),
+    st.sampled_from(["{}", "{} = 7", "\\({}\\)", "7 = {}", "**{}**.", "$\\boxed{{{}}}$"]),
+)
+def test_countdown_takes_each_number_once_in_any_order(numbers, operators, dress):
+    expression = str(numbers[0])
+    value = Fraction(numbers[0])
+    for operator, number in zip(operators, numbers[1:]):
+        expression = (
+            f"({number}{operator}{expression})"
+            if operator in "+*"
+            else f"({expression}{operator}{number})"
+        )
+        value = {
+            "+": value + number,
+            "-": value - number,
+            "*": value * number,
+            "/": value / number,
+        }[operator]
     gold = {"numbers": sorted(numbers), "target": value}
     latex = expression.replace("*", " \\times ").replace("/", " \\div ")
     for form in (expression, expression[1:-1], latex, expression.replace("*", "×")):
@@ -331,24 +414,22 @@ def test_countdown_has_four_operations_and_its_numbers_alone(answer, target):
 # ---- running code
 
 
-def alive(pid):
+def status(pid):
+    """Return a process's state and its parent."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
     except OSError:
-        return False
+        return "Z", None
+
+
+def alive(pid):
+    return status(pid)[0] != "Z"
 
 
 def children(pid):
-    """All processes below this one."""
-    below = [int(name) for name in os.listdir("/proc") if name.isdigit() and parent_of(name) == pid]
+    """Return all processes below this one."""
+    below = [name for name in os.listdir("/proc") if name.isdigit() and status(name)[1] == str(pid)]
     return below + [deeper for child in below for deeper in children(child)]
-
-
-def parent_of(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return None
 
 
 def wait_for(condition, seconds=30):
@@ -378,8 +459,14 @@ def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
     benchmarks.check_sandbox.cache_clear()
 
 
+BODY = "result = 0\n    for value in x:\n        result += value\n    return result"
+WHOLE = f"def total(x):\n    {BODY}\n\ndef other(): pass"
+
+
 @pytest.mark.parametrize("answer", [
-    "    return sum(x)", "return sum(x)", "total = sum",
+    "    return sum(x)", "return sum(x)", "\n\n  return sum(x)", "total = sum", BODY, "    " + BODY, textwrap.dedent("    " + BODY),
+    "    return helper(x)\n\ndef helper(x):\n    return sum(x)", WHOLE, " " + WHOLE, textwrap.indent(WHOLE, "    "),
+    "from math import fsum\n" + textwrap.indent(WHOLE, "  "), "if not x:\n        return 0\n    return sum(x)",
     "def helper(x):\n    return sum(x)\ndef total(x: List[int]):\n    return helper(x)",
     "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
 ])  # fmt: skip
@@ -387,6 +474,14 @@ def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
 def test_humaneval_takes_whole_functions_and_continuations(answer, how, tmp_path):
     question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
     assert grade("humaneval", question, answer + "\n```", how)[1]
+
+
+@pytest.mark.parametrize("code", [
+    " def halve(x):\n  return floor(x / 2)\nx = 1", "    def halve(x):\n        return floor(x / 2)", "```python\n def halve(x): return x // 2",
+])  # fmt: skip
+def test_mbpp_takes_other_indentation(code, tmp_path):
+    question = load("mbpp", write(tmp_path, "m.json", MBPP))[0]
+    assert grade("mbpp", question, code, "unconfined" if missing() else "confined")[1]
 
 
 ORDINARY = {

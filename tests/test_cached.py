@@ -31,19 +31,20 @@ class SlowCache:
         """Logits by position from the outputs at `at`, whose keys and values are recomputed."""
         model = self.model
         c = model.config
-        E = c.width // c.heads
+        E = c.head_dim or c.width // c.heads
         numbers = self.real.long().cumsum(0) - 1
         seen = self.real.nonzero()[:, 0].tolist()
         x = {p: model.embed.weight[self.tokens[p]] for p in at}
         for block, keys, values in zip(model.layers, self.keys, self.values):
             y = {p: block.attn_norm(x[p]) for p in at}
             for p in at:
-                keys[p] = turn(block.k(y[p]).view(-1, E), numbers[p], c.rope_theta)
+                keys[p] = turn(block.k_norm(block.k(y[p]).view(-1, E)), numbers[p], c.rope_theta)
                 values[p] = block.v(y[p]).view(-1, E)
             k, v = (torch.stack([z[p] for p in seen]) for z in (keys, values))
             k, v = (z.repeat_interleave(c.heads // c.kv_heads, 1) for z in (k, v))
             for p in at:
-                q = turn(block.q(y[p]).view(-1, E), numbers[p], c.rope_theta)  # (H, E)
+                q = block.q_norm(block.q(y[p]).view(-1, E))  # (H, E)
+                q = turn(q, numbers[p], c.rope_theta)
                 weights = (torch.einsum("he,lhe->hl", q, k) / math.sqrt(E)).softmax(1)
                 x[p] = x[p] + block.o(torch.einsum("hl,lhe->he", weights, v).flatten())
                 z = block.mlp_norm(x[p])
@@ -124,12 +125,14 @@ def test_another_batch_or_layout_recomputes_everything(new):
     model = build(TOY, 1)
     generator = torch.Generator().manual_seed(1)
     cached = mdlm.Cached(model, refresh=100)
-    positions = torch.tensor([[4, 6], [5, 8]])
     first, real = start(generator, 2)
-    tokens = first
-    for _ in range(3):
-        cached(tokens, positions, real)
-        tokens = changed(tokens, generator)
+    tokens = first.clone()
+    for at in (8, 7):  # leaves keys in the cache that are outdated for all of the calls below
+        cached(tokens, torch.tensor([[5, 6], [5, 6]]), real)
+        tokens = tokens.clone()
+        tokens[:, at] = 3
+    cached(tokens, torch.tensor([[5, 6], [5, 6]]), real)
+    positions = torch.tensor([[4], [4]])
     call = {
         "prompt": (tokens + (torch.arange(9) == 3), positions, real),
         "start": (first, positions, real),

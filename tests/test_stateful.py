@@ -40,6 +40,7 @@ def test_ensemble_equals_the_slow_reference_in_everything(problem):
     result = tie.ensemble(*problem)
     M = len(problem.members)
     relays = max(len(row.leaders) for row in rows)
+    assert (type(result.not_relayed), type(result.forwards)) == (int, float)
     assert result.not_relayed == sum(row.not_relayed for row in rows)
     forwards = [len(t.steps) + t.extra_forwards for row in rows for t in row.trajectories]
     assert result.forwards == sum(forwards) / len(rows)

@@ -49,8 +49,7 @@ def entropy_bound(gamma):
 
 
 def even_tokens(reading):
-    """Each member prefers other tokens."""
-    return (reading.token % 2 == reading.member % 2) & (reading.confidence > 0.4)
+    return (reading.token % 2 == 0) & (reading.confidence > 0.4)
 
 
 QUOTAS = [
@@ -119,9 +118,9 @@ def one_row(canvas, b):
     return Canvas(canvas.tokens[b : b + 1, pad:], canvas.masked[b : b + 1, pad:], *regions)
 
 
-def small(M=2, codecs=(SHORT, SHORT, SHORT), **settings):
-    """Two questions of 14 masks."""
-    pairs = [(member(codec, seed), blank(codec)) for seed, codec in enumerate(codecs[:M], 1)]
+def small(codecs=(SHORT, SHORT), lengths=(8, 6), **settings):
+    """One member per codec and two questions of 14 masks."""
+    pairs = [(member(codec, seed), blank(codec, *lengths)) for seed, codec in enumerate(codecs, 1)]
     return Problem(*map(list, zip(*pairs)), Config(**settings))
 
 
@@ -164,9 +163,10 @@ def test_a_batch_gives_each_row_what_it_gets_alone_without_padding(problem):
         assert alone.winner[0] == whole.winner[b]
 
 
-@given(problems())
-def test_prompts_of_mask_ids_and_the_canvases_given_stay_as_they_are(problem):
+@given(problems(), st.booleans())
+def test_prompts_of_mask_ids_and_the_canvases_given_stay_as_they_are(problem, complete):
     for canvas, m in zip(problem.canvases, problem.members):
+        canvas.masked &= not complete
         canvas.tokens[:, fixed(canvas)] = m.mask_id
     before = deepcopy(problem.canvases)
     for canvas, got in zip(before, tie.ensemble(*problem).candidates):
@@ -252,17 +252,18 @@ def test_a_threshold_must_be_exceeded_and_equal_confidences_go_to_the_lower_posi
     for tau in (0.5, 0.49):
         config = Config(threshold=tau, interval=1)
         tie.ensemble([half], [canvas], config, left.append)
+    assert [state["round"] for state in left] == [0, 1, 2, 3, 0]
     assert [state["masked"][0].tolist() for state in left] == [
         [[False] * (5 - n) + [True] * n] for n in (3, 2, 1, 0, 0)
     ]
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", SCORES[:2])
 @pytest.mark.parametrize("logits", [[50, 1, 2, 0], [0, 5, 1, 1], [0] * 4, [0, -1e9, -1e9, -1e9]])
 def test_models_that_adore_the_mask_or_eos_end_too(logits, score):
     canvas = Canvas.blank([[1, 2], [3]], [2], 5, 4, mask_id=0, pad_id=3)
     members = [saying(logits), saying([0, 1, 4, 2])]
-    for M, quota in product((1, 2), QUOTAS):
+    for M, quota in product((1, 2), QUOTAS[::2]):
         config = Config(interval=2, block_size=3, score=score, **quota)
         for got in tie.ensemble(members[:M], [canvas] * M, config).candidates:
             assert got.complete.all() and (got.tokens[canvas.masked] != 0).all()
@@ -283,7 +284,8 @@ def test_nan_where_nothing_is_read_does_no_harm(score):
 
 
 def test_probabilities_are_float32_and_large_vocabularies_read_in_parts_give_the_same():
-    logits = torch.randn(3, 2, 2**21, generator=torch.manual_seed(0)).bfloat16()
+    logits = torch.randn(3, 1, 2**21, generator=torch.manual_seed(0)).bfloat16()
+    logits = logits.expand(3, 5, 2**21)
     token, f = tie.predict(logits, 7, ["negative_entropy"])
     assert set(f) == {"top1_probability", "negative_entropy"}
     for b in range(3):
@@ -412,11 +414,12 @@ class Accelerator(TorchFunctionMode):
 def test_forwards_cost_what_the_paper_says_and_wait_for_no_device(score, cross_model, asked, top_k):
     """Three members, blocks of 4, 4, 4 and 2 masks, `asked` forwards in each assessment."""
     settings = {"score": score, "cross_model": cross_model, "interval": 4, "block_size": 4}
-    members, canvases, config = small(3, **settings, top_k=top_k)
+    members, canvases, config = small([SHORT] * 3, **settings, top_k=top_k)
     watch = Accelerator()
 
     def watched(denoise):
         def call(*inputs):
+            assert not torch.is_grad_enabled()
             watch.events += "c"
             return denoise(*inputs)
 
@@ -446,14 +449,13 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-SETTINGS = [{"score": score, "cross_model": cross} for score in SCORES for cross in (True, False)]
-SETTINGS += [*QUOTAS[1:], {"normalize": False}, {"answer_window": 2}]
-
-
 @pytest.mark.parametrize("codecs", [(SHORT, SHORT), (SHORT, LONG)])
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_tensors_are_made_on_the_device_of_a_canvas_and_never_in_float64(settings, codecs):
-    problem = small(2, codecs, interval=3, **settings)
+@pytest.mark.parametrize(
+    "quota", [{"top_k": 2}, {"threshold": 0.4}, {"commit": entropy_bound(1.0)}]
+)
+@pytest.mark.parametrize("score", SCORES)
+def test_tensors_are_made_on_the_device_of_a_canvas_and_never_in_float64(score, quota, codecs):
+    problem = small(codecs, (3, 4), score=score, interval=2, **quota)
     expected = tie.ensemble(*problem)
     with NoFloat64(), torch.device("meta"):  # where tensors land that name no device
         same(tie.ensemble(*problem), expected)
@@ -477,6 +479,7 @@ def test_the_model_its_cache_and_the_loss_use_no_float64(cached):
 def test_the_defaults_are_the_papers_and_a_canvas_is_padded_on_the_left():
     assert Config() == Config(16, 16, "token_change_count", True, True, 1)
     assert Config(threshold=1).threshold == 1
+    assert str(Member(None, 0, 1)) == "a member"
     canvas = Canvas.blank([(3, 4, 5), [6]], (7,), 2, 1, mask_id=0, pad_id=9)
     assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]]
     assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
@@ -512,7 +515,7 @@ def misfits():
     for message, changes, canvas_changes in (
         ("batch size", {}, vars(one_row(canvas, 0))),
         ("same layout", {}, {"reasoning": slice(reasoning.start, answer.start)}),
-        ("codec", {"codec": SHORT}, {}),
+        ("both have a codec, or neither", {"codec": SHORT}, {}),
         ("mask_id", {"mask_id": 2}, {}),
         ("eos_id", {"eos_id": 1}, {}),
         ("different token ids, got 0 and 0", {"eos_id": 0}, {}),
@@ -531,6 +534,7 @@ def misfits():
     ):
         members = [one, replace(one, name="m1", **changes)]
         yield f"'m1'.*{message}", members, [canvas, replace(canvas, **canvas_changes)], Config()
+    yield "both have a codec, or neither", [replace(one, codec=SHORT), one], [canvas] * 2, Config()
     yield "one canvas per member, got 0 for 0", [], [], Config()
     yield "one canvas per member, got 1 for 2", [one, one], [canvas], Config()
 
@@ -549,30 +553,24 @@ def failures():
     def shaped(*shape, **options):
         return lambda tokens, positions, _: torch.zeros(2, positions.shape[1], *shape, **options)
 
-    for message, changes, settings in (
-        ("outside its vocabulary of 9", {"denoise": shaped(9)}, config),
-        ("id -1 is outside", {"mask_id": -1, "codec": LONG}, config),
-        ("12 tokens.*give each a codec", {"denoise": shaped(12)}, config),
-        (
-            "must give float logits.* got",
-            {"denoise": lambda x, *_: torch.zeros(*x.shape, 10)},
-            config,
-        ),
-        (
-            "must give float logits.* got .*int64",
-            {"denoise": shaped(10, dtype=torch.int64)},
-            config,
-        ),
-        (
-            "must give float logits.* on cpu, got .*meta",
-            {"denoise": shaped(10, device="meta")},
-            config,
-        ),
-        ("NaN", {"denoise": Constant([math.nan] * 10)}, config),
-        ("NaN", {"denoise": nan_later}, scored),
-        ("NaN", {"denoise": nan_later}, replace(scored, cross_model=False)),
+    def everywhere(tokens, *_):
+        return torch.zeros(*tokens.shape, 10)
+
+    for message, denoise, settings in (
+        ("id 9 is outside its vocabulary of 9", shaped(9), config),
+        ("give logits over 10 and 12 tokens: give each a codec", shaped(12), config),
+        ("must give float logits .*10. torch.float32", everywhere, config),
+        ("must give float logits .*got .2, 10. torch.float32", shaped(), config),
+        ("must give float logits .*int64", shaped(10, dtype=torch.int64), config),
+        ("must give float logits .*on cpu, got .*meta", shaped(10, device="meta"), config),
+        ("NaN", Constant([math.nan] * 10), config),
+        ("NaN", nan_later, scored),
+        ("NaN", nan_later, replace(scored, cross_model=False)),
     ):
-        yield f"'m2'.*{message}", [members[0], replace(members[1], **changes)], canvases, settings
+        other = replace(members[1], denoise=denoise)
+        yield f"'m2'.*{message}", [members[0], other], canvases, settings
+    negative = replace(members[1], mask_id=-1)
+    yield "'m2': id -1 is outside its vocabulary of 10", [negative], canvases[:1], config
     for rule in (lambda reading: reading.confidence, lambda reading: reading.masked[:, :1]):
         yield "commit must return.*bool, got", members, canvases, Config(commit=rule)
 
