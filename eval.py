@@ -259,7 +259,7 @@ class Toy:
         digest = hashlib.sha256(torch.__version__.encode())
         for file in files:
             digest.update(file.read_bytes())
-        for part in (decode, Job, decode_job, sampling):
+        for part in (decode, Job.member, Job.canvas, decode_job, sampling):
             digest.update(inspect.getsource(part).encode())
         return digest.hexdigest()
 
