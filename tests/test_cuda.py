@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from test_mdlm import TOY, build
-from test_real import arguments, data, folders  # noqa: F401, fixtures
+from tiny import arguments
 
 import eval as evaluation
 import mdlm
 import tie
 
+pytest_plugins = "tiny"
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 GPU = "cuda"
@@ -65,7 +66,7 @@ def test_decodes_as_on_a_cpu(devices, settings, refresh):
 
 @pytest.mark.parametrize("devices", [(GPU, GPU), ("cpu", GPU), (GPU, "cpu")])
 @pytest.mark.parametrize("score", ["token_change_count", "negative_entropy"])
-def test_relays_between_vocabularies_as_on_a_cpu(folders, devices, score):  # noqa: F811
+def test_relays_between_vocabularies_as_on_a_cpu(folders, devices, score):
 
     def ensemble(devices):
         members = []
@@ -127,7 +128,7 @@ def test_logits_are_those_of_the_cpu(dtype, shift):
 
 
 @pytest.mark.parametrize("devices", [["cuda:0"], ["cuda:0", "cpu"]])
-def test_the_whole_command(folders, data, tmp_path, devices):  # noqa: F811
+def test_the_whole_command(folders, data, tmp_path, devices):
     options = ["--limit", 4, "--device", *devices, "--cache", 4, "--out", tmp_path, "--json"]
     assert evaluation.main(arguments(folders, data, *options)) == 0
     records = [line for file in tmp_path.glob("*.jsonl") for line in file.read_text().splitlines()]

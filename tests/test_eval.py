@@ -1,161 +1,381 @@
-"""eval.py on toy members of a few training steps: tables, records, resuming, the trace."""
+"""The tables, the trace and the figures of the toy, against a slow recomputation on fake members."""
 
+import io
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
+from tiny import fake
 
 import eval as evaluation
 import tie
 import train_toy
 
-ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "3", "--problems", "6", "--batch-size", "4"]
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """A folder where the first run of the module trains its members."""
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """Decode in this process: quicker than starting others for a handful of problems."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+pytest_plugins = "tiny"
+N = 16  # problems
+T = 32
+CONFIG = {"interval": 8, "block_size": 8}
+TCC, *LOGIT = (f"tie {score}" for score in tie.SCORES)
 
 
 def run(*arguments):
-    return evaluation.main([*TINY, *map(str, arguments)])
+    """What the command prints."""
+    options = ["--problems", N, "--interval", 8, "--block-size", 8, "--batch-size", 10]
+    with redirect_stdout(io.StringIO()) as out:
+        assert evaluation.main([*map(str, [*options, *arguments])]) == 0
+    return out.getvalue()
 
 
-def command(*arguments):
-    line = [sys.executable, ROOT / "eval.py", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+def tables(*arguments):
+    return json.loads(run(*arguments, "--json"))["tables"]
 
 
-def records(folder):
-    return {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in folder.glob("*.jsonl")}
+def check(tables, table, row, column, value, n=N):
+    cells = tables[table]["cells"]
+    [found] = [cell for cell in cells if (cell["row"], cell["column"]) == (row, column)]
+    assert found["value"] == pytest.approx(float(value)) and found["n"] == n, (table, row, column)
 
 
-# --- the main table -----------------------------------------------------------------------------------
+# --- what the algorithm itself gives --------------------------------------------------------------
+
+ASKED = train_toy.problems("test", N)
+CANVAS = train_toy.canvas([problem.prompt for problem in ASKED])
 
 
-def test_json_is_one_object_and_records_are_complete(checkpoints, tmp_path):
-    done = command(*TINY, "--checkpoints", checkpoints, "--json", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = json.loads(done.stdout)
-    assert {"settings", "problems", "rows", "comparisons", "versions", "hardware"} <= table.keys()
-    methods = [(row["method"], row["score"]) for row in table["rows"]]
-    assert methods[:4] == [("member A", None), ("member B", None), ("oracle", None), ("post-generation", None)]
-    assert methods[4:] == [("tie", score) for score in tie.SCORES]
-    T, M, rounds = 32, 2, 15
-    expected = [T, T, M * T, M * T, M * T] + [M * T + rounds * M * (M - 1)] * 3
-    assert [row["forwards"] for row in table["rows"]] == expected
-    assert all(0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1 for row in table["rows"])
-    assert {"name", "difference", "ci95"} == set(table["comparisons"][0])
-    files = records(tmp_path)
-    assert len(files) == 5
-    for rows in files.values():
-        assert len({row["id"] for row in rows}) == len(rows) == 6
-    assert json.loads((tmp_path / "settings.json").read_text())["settings"]["config"]["interval"] == 2
+def member(name):
+    return tie.Member(fake(f"toy-seed0 {name}"), train_toy.MASK, train_toy.EOS, name)
 
 
-def test_an_interrupted_run_goes_on(checkpoints, tmp_path, here, capsys):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run("--checkpoints", checkpoints, "--json", "--out", whole) == 0
-    first = json.loads(capsys.readouterr().out)
-    assert run("--checkpoints", checkpoints, "--json", "--out", broken) == 0
-    capsys.readouterr()
-    for number, file in enumerate(sorted(broken.glob("*.jsonl"))):
-        lines = file.read_text().splitlines(keepends=True)
-        file.write_text("".join(lines[: number + 1]) + lines[number + 1][:20])  # half a line at the end
-    assert run("--checkpoints", checkpoints, "--json", "--out", broken) == 0
-    assert json.loads(capsys.readouterr().out)["rows"] == first["rows"]
-    by_id = {name: sorted(rows, key=lambda r: r["id"]) for name, rows in records(whole).items()}
-    assert by_id == {name: sorted(rows, key=lambda r: r["id"]) for name, rows in records(broken).items()}
+def graded(canvas):
+    """(N,) bool"""
+    answers = [train_toy.decode(row.tolist()) for row in canvas.tokens[:, canvas.answer]]
+    return np.array([answer == problem.answer for answer, problem in zip(answers, ASKED)])
 
 
-def test_the_table_names_every_method(checkpoints, here, capsys):
-    assert run("--checkpoints", checkpoints) == 0
-    out = capsys.readouterr().out
-    for name in ("member A", "member B", "oracle", "post-generation", *tie.SCORES, "C~(T)"):
-        assert name in out
+def decoded(names="AB", **config):
+    """The result, and whether each candidate (N, M) and the final response (N,) is right."""
+    members = [member(name) for name in names]
+    result = tie.ensemble(members, [CANVAS] * len(names), tie.Config(**CONFIG | config))
+    right = np.stack([graded(candidate) for candidate in result.candidates], 1)
+    return result, right, right[np.arange(N), result.winner]
 
 
-def test_the_trace_shows_masks_leaders_and_the_outcome(checkpoints, here, capsys):
-    assert run("--checkpoints", checkpoints, "--trace", 2) == 0
-    out = capsys.readouterr().out
-    assert out.count("step  2 A") == out.count("step 32 A") == out.count("C~(T)") == 2
-    assert out.count("  leads\n") == 30 and " __ __ __ " in out
+def share(names="AB", **config):
+    return decoded(names, **config)[2].mean()
 
 
-# --- figures of merit -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def everything(toys):
+    return tables("main", "all", "members", "unequal", "cache")
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=60))
-def test_wilson_interval_holds_the_accuracies_not_rejected_at_five_percent(correct):
-    low, high = evaluation.proportion(correct)["ci95"]
-    n, p = len(correct), sum(correct) / len(correct)
-    for q in np.linspace(0.001, 0.999, 200):
-        inside = abs(p - q) <= 1.96 * np.sqrt(q * (1 - q) / n)
-        assert inside == (low <= q <= high) or min(abs(q - low), abs(q - high)) < 1e-6
+@pytest.fixture
+def expect(everything):
+    return partial(check, everything)
 
 
-def method(correct):
-    return evaluation.Method(np.array(correct), 1.0)
+def test_cells_are_what_the_algorithm_gives(expect):
+    _, alone, after = decoded(interval=T)
+    unsolved = ~alone.any(1)
+    for name in (TCC, *LOGIT):
+        result, _, right = decoded(score=name[4:])
+        expect("main", name, "accuracy", right.mean())
+        expect("main", name, "- best member", right.mean() - alone.mean(0).max())
+        expect("main", name, "- post-generation", right.mean() - after.mean())
+        expect("main", name, "of those unsolved alone", right[unsolved].mean(), unsolved.sum())
+        expect("3", name, "forwards", result.forwards)
+        changes = [a != b for leaders in result.leaders.T.tolist() for a, b in pairwise(leaders)]
+        expect("5", name, "change rate", np.mean(changes))
+    for name in LOGIT:
+        expect("9", name, "cross-model", share(score=name[4:]))
+        expect("9", name, "source-only", share(score=name[4:], cross_model=False))
+    for m, name in enumerate("AB"):
+        expect("3", f"member {name}", "accuracy", alone[:, m].mean())
+    expect("3", "oracle", "accuracy", alone.any(1).mean())
+    expect("3", "post-generation", "accuracy", after.mean())
+    for n in (2, 4, 8):
+        expect("6", f"n = {n}, paper {4 * n}", "accuracy", share(interval=n))
+    expect("8", TCC, "without", share(normalize=False))
+    expect("8", TCC, "with", share())
+    for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
+        expect("7", TCC, speed, share(**config))
+        result, alone, _ = decoded(**config, interval=T)
+        expect("7", "member B", speed, alone[:, 1].mean())
+        expect("7", "post-generation", f"forwards, {speed}", result.forwards)
 
 
-def test_a_difference_and_its_interval():
-    rng = np.random.default_rng(1)
-    a, b = rng.random(400) < 0.8, rng.random(400) < 0.7
-    result = evaluation.difference(method(a), method(b))
-    each = a.astype(float) - b
-    resampled = [rng.choice(each, 400).mean() for _ in range(4000)]
-    assert result["difference"] == pytest.approx(a.mean() - b.mean())
-    assert result["ci95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.006)
+def test_a_step_costs_a_forward_per_member_and_a_cross_model_relay_one_more(toys):
+    cells = tables("3", "--interval", 2, "--problems", 2)["3"]["cells"]
+    forwards = [cell["value"] for cell in cells if cell["column"] == "forwards"]
+    assert forwards == [32, 32, 64, 64, 64, 94, 94, 94]
 
 
-def record(leaders=(), correct=(True, False), answers=("x", "y"), tcc=(0.0, 1.0), winner=0, **more):
-    return {"id": "i", "gold": "x", "answers": [*answers], "correct": [*correct], "texts": [["", ""]] * len(correct),
-            "winner": winner, "leaders": [*leaders], "tcc": [*tcc], "forwards": 64.0, "scores": [],
-            "top1": [0.5] * len(correct), **more}  # fmt: skip
+def test_table_1_is_of_plain_counts(everything, expect):
+    result, right, _ = decoded(interval=T, normalize=False)
+    for m, difference in enumerate(everything["1"]["claims"][0]["differences"]):
+        counts = result.tcc[m].numpy()
+        groups = counts[~right[:, m]], counts[right[:, m]]
+        for outcome, group in zip(("incorrect", "correct"), groups):
+            expect("1", f"member {'AB'[m]}", outcome, group.mean(), len(group))
+        wrong, correct = ([*map(float, group)] for group in groups)
+        assert difference["value"] == pytest.approx(np.mean(wrong) - np.mean(correct))
+        # A slow bootstrap, which draws from each group by itself.
+        draw = np.random.default_rng(7).choice
+        gaps = [
+            draw(wrong, len(wrong)).mean() - draw(correct, len(correct)).mean() for _ in range(3000)
+        ]
+        interval = np.percentile(gaps, [2.5, 97.5])
+        assert np.abs(interval - difference["ci95"]).max() < 0.2 * np.std(gaps)
 
 
-def test_change_rate_counts_relays_that_follow_a_relay():
-    rows = [record([0, 0, 1]), record([1, 1]), record([0]), record()]
-    assert evaluation.Run(rows, "AB").change_rate == pytest.approx(1 / 3)
-    assert evaluation.Run(rows[2:], "AB").change_rate is None
+@pytest.mark.parametrize(("receiver", "sender"), ["AB", "BA"])
+def test_a_restart_continues_from_what_the_other_member_had(receiver, sender, expect):
+    inputs = []
+    other = member(sender)
+
+    def denoise(tokens, *given):
+        inputs.append(tokens.clone())
+        return other.denoise(tokens, *given)
+
+    solved = graded(tie.decode(replace(other, denoise=denoise), CANVAS, tie.Config(**CONFIG)))
+    failed = solved & ~decoded(receiver)[2]
+    for start, steps in {"first 33 %": 11, "first 50 %": 16, "all reasoning": 24}.items():
+        state = replace(CANVAS, tokens=inputs[steps], masked=inputs[steps] == train_toy.MASK)
+        right = graded(tie.decode(member(receiver), state, tie.Config(**CONFIG)))
+        expect("2", f"member {receiver}", start, right[failed].mean(), failed.sum())
 
 
-@given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(0, 2)), min_size=1, max_size=5), st.data())
-def test_a_vote_goes_to_the_most_frequent_answer_and_among_equals_to_the_lowest_count(samples, data):
-    count = data.draw(st.integers(1, len(samples)))
-    answers, tcc = zip(*samples)
-    tally = Counter(answers[:count])
-    ranked = sorted((-tally[a], t, m) for m, (a, t) in enumerate(samples[:count]))
-    voted = evaluation.Run([record((), [a == "x" for a in answers], answers, tcc)], "ABCDE"[: len(samples)]).vote(count)
-    assert voted.correct.tolist() == [answers[ranked[0][2]] == "x"]
-    assert voted.forwards == pytest.approx(64 * count / len(samples))
+def test_table_10_chooses_among_the_same_candidates(expect):
+    result, right, chosen = decoded()
+    most = []
+    for b, leaders in enumerate(result.leaders.T.tolist()):
+        level = leaders.count(0) == leaders.count(1)
+        leader = int(leaders.count(1) > leaders.count(0))
+        most.append(right[b, result.winner[b] if level else leader])
+    values = [chosen.mean(), right[:, 1].mean(), np.mean(most)]  # B is best in validation
+    assert len({*values}) == 3
+    for column, value in zip(("lowest C~", "best model", "most selected"), values):
+        expect("10", TCC, column, value)
 
 
-@pytest.mark.parametrize("program, options", [(evaluation, 29), (train_toy, 13)])
-def test_help_fits_two_screens_and_has_a_line_for_every_option(program, options, monkeypatch, capsys):
-    parsers, original = [], train_toy.Parser.parse_args
-    monkeypatch.setattr(train_toy.Parser, "parse_args", lambda *given: parsers.append(given[0]) or original(*given))
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit):
-        program.parse(["--help"])
-    text = capsys.readouterr().out
-    names = [action.option_strings[-1] for action in parsers[0]._actions]
-    assert len(names) == options and text.count("\n") <= 100
-    for name in names:
-        assert re.search(rf"^  (?:-h, )?{name}(?: .*?)?(?: {{2,}}|\n {{10,}})\w", text, re.MULTILINE), name
+def test_tables_beyond_the_paper(expect):
+    for m in range(1, 5):
+        names = "ABCD"[:m]
+        _, alone, after = decoded(names, interval=T)
+        row = {"best member": alone.mean(0).max(), "oracle": alone.any(1).mean()}
+        row |= {"post-generation": after.mean(), "TIE": share(names), "forwards": m * T}
+        for column, value in row.items():
+            expect("members", f"M = {m}", column, value)
+    expect("unequal", "the better member", "accuracy", share("B"))
+    expect("unequal", TCC, "accuracy", share(["B", "A-weak"]))
+    exact = decoded()[0]
+    expect("cache", TCC, "exact", share())
+    for R in (2, 4, 8):
+        cached = decoded([f"A {R}", f"B {R}"])[0]
+        expect("cache", TCC, f"R = {R}", share([f"A {R}", f"B {R}"]))
+        pairs = zip(cached.candidates, exact.candidates)
+        tokens = [(ours.tokens != theirs.tokens)[:, CANVAS.masked[0]] for ours, theirs in pairs]
+        expect("cache", f"other tokens, {TCC}", f"R = {R}", torch.stack(tokens).double().mean())
+        leaders = (cached.leaders != exact.leaders).double().mean()
+        expect("cache", f"other leaders, {TCC}", f"R = {R}", leaders)
+
+
+def test_a_vote_takes_the_most_frequent_answer_or_else_the_lowest_count(toys, tmp_path):
+    expect = partial(check, tables("cost", "--checkpoints", tmp_path), "cost")
+    kept = [json.loads(file.read_text()) for file in tmp_path.glob("*/decoded/*")]
+    samples = [r for records in kept for r in records if len(r["tcc"]) == 4 and not r["leaders"]]
+    assert len(samples) == N
+    assert all(len({*map(tuple, record["texts"])}) > 1 for record in samples)  # copies differ
+    for count in (2, 3, 4):
+        right = []
+        for record in samples:
+            votes = Counter(record["answers"][:count])
+            ranked = [(-votes[record["answers"][m]], record["tcc"][m], m) for m in range(count)]
+            right.append(record["correct"][min(ranked)[2]])
+        expect(f"best member, vote of {count} samples", "accuracy", np.mean(right))
+        expect(f"TIE of {count} members", "accuracy", share("ABCD"[:count]))
+    expect("best member, greedy", "accuracy", share("B"))
+    expect("best member, trained twice as long", "accuracy", share(["B-long"]))
+
+
+def test_samples_follow_the_softmax_at_their_temperature():
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    noisy = evaluation.sampling(lambda tokens, at, mask: logits.expand(*at.shape, -1), 0.7, 0)
+    drawn = noisy(None, torch.zeros(1, 40_000, dtype=torch.long), None).argmax(-1)
+    shares = torch.bincount(drawn[0], minlength=4) / 40_000
+    assert torch.allclose(shares, (logits / 0.7).softmax(-1), atol=0.01)
+
+
+def test_only_tables_that_need_them_train_more_members(toys):
+    toys.clear()
+    run("1")
+    assert [*toys] == ["A", "B"]
+    run("members", "cost", "unequal")
+    settings = train_toy.Settings()
+    twice = replace(settings, steps=2 * settings.steps)
+    plan = {name: (settings, name) for name in "ABCD"}
+    plan |= {"B-long": (twice, "B"), "union": (twice, "BA")}
+    assert toys == plan | {"A-weak": (replace(settings, gaps=2 * settings.gaps), "A")}
+
+
+# --- intervals, claims, several seeds, what is printed --------------------------------------------
+
+
+def test_the_interval_of_a_share_is_wilsons(everything):
+    """It holds the shares that a test at 5 % does not reject."""
+    for number in ("2", "6", "8", "9", "10"):
+        for cell in everything[number]["cells"]:
+            for q in cell["ci95"]:
+                error = 1.96 * np.sqrt(q * (1 - q) / cell["n"])
+                assert abs(cell["value"] - q) == pytest.approx(error, abs=1e-9)
+
+
+def test_a_claim_holds_if_the_intervals_of_all_its_differences_are_above_zero(everything):
+    claims = [claim for table in everything.values() for claim in table["claims"]]
+    for claim in claims:
+        lows, highs = zip(*(difference["ci95"] for difference in claim["differences"]))
+        expected = "holds" if min(lows) > 0 else "does not hold" if min(highs) < 0 else "undecided"
+        assert claim["verdict"] == expected
+    assert {claim["verdict"] for claim in claims} == {"holds", "does not hold", "undecided"}
+    [same] = [
+        c
+        for c in everything["main"]["cells"]
+        if (c["row"], c["column"]) == ("post-generation", "- post-generation")
+    ]
+    assert same["ci95"] == [0, 0]  # differences are paired
+
+
+def test_json_of_several_seeds_has_their_mean_and_values(toys):
+    found = json.loads(run("1", "8", "--seeds", 2, "--seed", 3, "--json"))
+    assert {*found} == {"settings", "versions", "problems", "tables"} and found["problems"] == N
+    assert found["settings"]["config"]["interval"] == 8
+    alone = [tables("1", "8", "--seed", seed) for seed in (3, 4)]
+    for name, table in found["tables"].items():
+        assert {*table} == {"title", "cells", "claims", "paper"}
+        for both, *single in zip(table["cells"], *(own[name]["cells"] for own in alone)):
+            assert {*both} == {"row", "column", "value", "ci95", "n", "values", "text"}
+            assert both["values"] == [own["value"] for own in single]
+            assert both["value"] == pytest.approx(np.mean(both["values"]))
+            deviation = np.std(both["values"], ddof=1) * (100 if name == "8" else 1)
+            assert float(both["text"].split("±")[1]) == pytest.approx(deviation, abs=0.051)
+        for both, *single in zip(table["claims"], *(own[name]["claims"] for own in alone)):
+            for verdict, count in Counter(own["verdict"] for own in single).items():
+                assert f"{verdict} with {count} of 2 seeds" in both["verdict"]
+
+
+def test_a_printed_table_has_title_cells_paper_and_claims(toys):
+    assert "no sample" in run("1", "--problems", 1)
+    out = run("1", "10")
+    assert re.search(
+        r"^Table 1: .*\n +correct +incorrect\nmember A +\d+\.\d+ \[", out, re.MULTILINE
+    )
+    assert re.search(r"^paper, GSM8K +83.47 +81.65 +83.17$", out, re.MULTILINE)
+    out = out.replace("\n    ", " ")
+    assert re.search(r"^The lowest C~ .*: undecided \(.*: \+\d+\.\d \[", out, re.MULTILINE)
+
+
+# --- decodings that are kept ----------------------------------------------------------------------
+
+
+def test_a_decoding_is_kept_until_something_that_decides_it_changes(toys, tmp_path, monkeypatch):
+    calls = []
+    ensemble = tie.ensemble
+    monkeypatch.setattr(tie, "ensemble", lambda *given: calls.append(given) or ensemble(*given))
+
+    def count(*options):
+        calls.clear()
+        return run("8", *options, "--checkpoints", tmp_path), len(calls)
+
+    first, decodings = count()
+    assert decodings == 4  # two runs of two batches
+    assert count() == (first, 0)
+    options = [("--interval", 4), ("--problem-seed", 1), ("--cache", 4), ("--dtype", "bfloat16")]
+    assert [count(*option)[1] for option in options] == [4] * 4
+    (tmp_path / "toy-seed0" / "A" / "model.safetensors").write_text("other weights")
+    assert count() == (first, 4)
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert count() == (first, 4)
+    code = Path(shutil.copy(tie.__file__, tmp_path))
+    code.write_text(code.read_text() + "# changed")
+    monkeypatch.setattr(tie, "__file__", str(code))
+    assert count() == (first, 4) and count() == (first, 0)
+
+
+# --- the trace and the figures --------------------------------------------------------------------
+
+
+def shown(canvas):
+    return train_toy.readable(canvas.tokens.masked_fill(canvas.masked, train_toy.MASK)[0].tolist())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"threshold": 0.7}, {"score": tie.SCORES[2]}]
+)
+def test_the_trace_shows_the_decoding(toys, options):
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
+    lines = run("trace", *sum(pairs, ())).strip().splitlines()
+    canvas = train_toy.canvas([ASKED[0].prompt])
+    config = tie.Config(**CONFIG | options)
+    states = []
+    members = [member(name) for name in "AB"]
+    result = tie.ensemble(members, [canvas] * 2, config, states.append)
+    assert lines[0].startswith(ASKED[0].prompt)
+    assert lines[1].split("right ")[1] == train_toy.readable(ASKED[0].sequence)
+    for m, line in enumerate(lines[2:6:2]):
+        assert f"{'AB'[m]} alone {shown(tie.decode(members[m], canvas, config))}" in line
+    rounds = iter(lines[6:])
+    holds = [(canvas.masked[0], [-1] * train_toy.LENGTH)] * 2  # masks, and who wrote each token
+    for state in states:
+        for m in range(2):
+            line = next(rounds)
+            now = replace(canvas, tokens=state["tokens"][m], masked=state["masked"][m])
+            assert f"{'AB'[m]} {shown(now)}" in line
+            assert line.endswith("leads") == (m == state["leader"])
+            score = float(state["scores"][m])
+            if np.isfinite(score):
+                assert f"{score + 0.0:.3f}" in line
+                assert config.score != tie.SCORES[0] or ("'" in line) == (score < 0)
+            before, authors = holds[m]
+            new = before & ~now.masked[0]
+            holds[m] = now.masked[0], [m if fresh else by for fresh, by in zip(new, authors)]
+        if state["leader"] >= 0:
+            holds = [holds[state["leader"]]] * 2
+    winner = int(result.winner)
+    outcome = "right" if graded(result.candidates[winner])[0] else "wrong"
+    last, authors = rounds
+    assert f"TIE {shown(result.candidates[winner])}" in last and f"{outcome}; C~(T): A" in last
+    wrote = "".join("AB"[m] for m in holds[winner][1] if m >= 0)
+    assert re.sub("[^AB]", "", authors) == wrote
+    assert options or {*wrote} == {*"AB"}
+
+
+def test_unsolved_traces_are_of_problems_that_only_tie_solves(toys):
+    only = decoded()[2] & ~decoded(interval=T)[1].any(1)
+    chosen = [problem.prompt for problem, yes in zip(ASKED, only) if yes]
+    out = run("trace", "--count", N, "--unsolved")
+    assert re.findall(r"^([0-9].*\*.=) ", out, re.MULTILINE) == chosen != []
+
+
+def test_colours_are_for_terminals_only(toys, monkeypatch):
+    plain = run("trace")
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
+    monkeypatch.setattr(io, "StringIO", terminal)
+    coloured = run("trace")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run("trace") == plain == re.sub(r"\033\[[0-9;]*m", "", coloured) != coloured
+
+
+def test_figures_are_drawn(toys, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("figures", "--problems", 4, "--out", tmp_path / "new")
+    heads = [file.read_bytes()[:4] for file in (tmp_path / "new").iterdir()]
+    assert heads == [b"\x89PNG"] * 3

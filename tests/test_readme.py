@@ -1,26 +1,25 @@
 """What the README shows must run, and what it names must exist."""
 
-import functools
-import inspect
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import pytest
-import torch
-from test_real import folders  # noqa: F401, a fixture
-
+import eval as evaluation
 import mdlm
 import tie
+import train_toy
 
+pytest_plugins = "tiny"
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-ELSEWHERE = {"--nproc-per-node", "--hypothesis-profile"}  # options of torchrun and pytest
 
-TRANSFORMERS = """  # stands in for the package: a model with learned absolute positions
+# Stands in for the package: a model with learned absolute positions.
+TRANSFORMERS = """
 import zlib
 import torch
 
@@ -41,80 +40,61 @@ class AutoModelForMaskedLM(torch.nn.Module):
         self.logits = (x + x.cumsum(1).tanh()) @ self.head.weight.T
         return self
 """
+# The recipe for Hugging Face models decodes a padded row as the row alone.
+RECIPE = """
+for shift in (0, 1):
+    model = hugging_face(AutoModelForMaskedLM().eval(), shift)
+    member = tie.Member(model, MASK, SEP)
+    for prompt, row in zip(prompts, tie.decode(member, canvas).tokens):
+        own = tie.Canvas.blank([prompt], suffix, 32, 8, mask_id=MASK, pad_id=0)
+        alone = tie.decode(member, own).tokens[0]
+        assert torch.equal(alone, row[-len(alone) :])
+"""
 
 
-def test_the_python_snippets_run_one_after_the_other(folders, tmp_path):  # noqa: F811
-    assert len(SNIPPETS) >= 4
+def test_the_python_snippets_run_one_after_the_other(folders, tmp_path):
     for name in ("tie.py", "mdlm.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "transformers.py").write_text(TRANSFORMERS, encoding="utf-8")
     for name, folder in zip(("LLaDA-1.5", "Dream-v0-Instruct-7B"), folders.values()):
         (tmp_path / name).symlink_to(folder)
-    script = "\nprint('---')\n".join(SNIPPETS)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    first, *others = SNIPPETS
+    script = "\nprint('---')\n".join([first + RECIPE, *others])
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(shown.strip() for shown in done.stdout.split("---\n")) and done.stdout.count("---\n") == len(SNIPPETS) - 1
+    shown = done.stdout.split("---\n")
+    assert len(shown) == len(SNIPPETS) >= 4 and all(map(str.strip, shown))
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_the_hugging_face_recipe_decodes_a_padded_row_as_the_row_alone(shift):
-    recipe: dict = {"torch": torch}
-    exec(TRANSFORMERS, recipe)  # noqa: S102, our own text
-    code = next(code for code in SNIPPETS if "def hugging_face(" in code)
-    exec(re.search(r"def hugging_face.*?\n(?=\n)", code, re.DOTALL)[0], recipe)  # noqa: S102
-    member = tie.Member(recipe["hugging_face"](recipe["AutoModelForMaskedLM"](100).eval(), shift), 99, 98)
-    shape = {"suffix": [10], "reasoning_length": 6, "answer_length": 3, "mask_id": 99, "pad_id": 0}
-    prompts = [[5, 6, 7, 8, 9], [8], [3, 4]]
-    batch = tie.decode(member, tie.Canvas.blank(prompts, **shape), tie.Config(block_size=4))
-    for prompt, row in zip(prompts, batch.tokens):
-        alone = tie.decode(member, tie.Canvas.blank([prompt], **shape), tie.Config(block_size=4))
-        assert torch.equal(alone.tokens[0], row[-alone.tokens.shape[1] :])
+def test_its_command_lines_parse(monkeypatch):
+    monkeypatch.setattr(train_toy, "train_members", lambda *given: [])
+    lines = re.findall(r"(eval|train_toy)\.py((?: [^`\n]*)?)[`\n]", README)
+    assert len(lines) > 5
+    for program, arguments in lines:
+        {"eval": evaluation.parse, "train_toy": train_toy.main}[program](shlex.split(arguments))
 
 
-def unknown_names(text):
-    """Of the code spans that begin with one of our modules, those that name nothing there."""
-    unknown = []
-    for span in re.findall(r"`((?:tie|mdlm)\.[^`\n]*)`", text):
-        path, keyword = re.fullmatch(r"([\w.]+)(?:\((\w+)=.*\))?", span).groups()
-        thing = {"tie": tie, "mdlm": mdlm}[path.split(".")[0]]
-        for part in path.split(".")[1:]:
-            thing = getattr(thing, part, None)
-        known = keyword is None or thing is not None and keyword in inspect.signature(thing).parameters
-        unknown += [] if (thing is not None and known) or path.endswith(".py") else [span]
-    return unknown
-
-
-def unknown_files(text):
-    return [name for name in re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", text) if not (ROOT / name).exists()]
-
-
-@functools.cache
-def known_options():
-    options = set(ELSEWHERE)
-    for program in ("eval.py", "train_toy.py", "tests/bench.py"):
-        command = [sys.executable, str(ROOT / program), "--help"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        options |= set(re.findall(r"^ +(?:-[a-z], )?(--[a-z-]+)", shown, re.MULTILINE))
-    return options
-
-
-def unknown_options(text):
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text)) - known_options())
-
-
-def test_every_name_file_and_option_in_it_exists():
-    assert unknown_names(README) == unknown_files(README) == unknown_options(README) == []
-    assert "`tie.ensemble`" in README
-
-
-def test_what_does_not_exist_is_found():
-    assert unknown_names("`tie.lead` `tie.leads` `mdlm.Cached` `tie.Run.reads`") == ["tie.leads", "tie.Run.reads"]
-    assert unknown_names("`tie.Config(commit=...)` `tie.Config(commits=...)`") == ["tie.Config(commits=...)"]
-    assert unknown_files("`tie.py` `tests/bench.py` `bench.py`") == ["bench.py"]
-    assert unknown_options("`--table 1`, `--repeats 5` and `--out`, not --outs, --tabl or `--vanish`") == [
-        "--outs", "--tabl", "--vanish"]  # fmt: skip
+def test_its_options_names_and_files_exist():
+    programs = "".join((ROOT / name).read_text() for name in ("eval.py", "tests/bench.py"))
+    known = {
+        *re.findall(r'"(--[a-z-]+)"', programs),
+        "--nproc-per-node",
+        "--hypothesis-profile",
+        "--help",
+    }
+    known |= {f"--{field.name}" for field in fields(train_toy.Settings)}
+    assert {*re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", README)} <= known
+    for module, path, keyword in re.findall(r"`(tie|mdlm)\.(\w+(?:\.\w+)?)(?:\((\w+)=)?", README):
+        thing = {"tie": tie, "mdlm": mdlm}[module]
+        for part in () if path == "py" else path.split("."):
+            thing = getattr(thing, part)
+        assert not keyword or keyword in thing.__dataclass_fields__
+    for name in re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README):
+        assert (ROOT / name).exists()
 
 
 def test_its_test_command_is_the_one_that_ci_runs():
-    command = re.search(r'^command="(.*)"$', (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
-    assert command[1] in README.splitlines()
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    [command] = re.findall(r'^command="(.*)"$', script, re.MULTILINE)
+    assert command in README.splitlines()
