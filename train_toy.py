@@ -402,9 +402,13 @@ def train_members(plan: Plan, out: str | Path, device: str = "cpu") -> list[dict
 
 
 def check_device(device: str) -> None:
-    """ValueError with the first sentence of PyTorch's reason if the device cannot be used."""
+    """ValueError with the first sentence of PyTorch's reason if the device cannot be used, or lacks
+    an operation that training or decoding needs."""
     try:
-        torch.zeros(1, device=device)
+        model = build(Settings(width=8, layers=1)).to(device)
+        tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
+        mdlm.diffusion_loss(model, tokens, tokens == 0, torch.Generator(device)).backward()
+        solve(model, [Problem(905173, 6)], device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {device} cannot be used: {reason}") from None
