@@ -408,7 +408,8 @@ def check_device(device: str) -> None:
         model = build(Settings(width=8, layers=1)).to(device)
         tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
         mdlm.diffusion_loss(model, tokens, tokens == 0, torch.Generator(device)).backward()
-        solve(model, [Problem(905173, 6)], device)
+        member = tie.Member(model, MASK, EOS)
+        tie.decode(member, canvas([Problem(905173, 6).prompt], device), tie.Config(top_k=16))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {device} cannot be used: {reason}") from None
