@@ -957,24 +957,30 @@ MEMBER_FILES = [
     "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     "vocab.json",
     "merges.txt",
 ]
 
 
 def member_folder(given: str) -> Path:
-    """A local folder, or the files of a model on the Hugging Face Hub."""
-    if Path(given).is_dir():
-        return Path(given)
+    """A local folder, or the files of a model on the Hugging Face Hub, given as org/name,
+    org/name@revision or its address there."""
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
     import huggingface_hub
 
+    name, _, revision = given.removeprefix("https://huggingface.co/").strip("/").partition("@")
+    if name.count("/") != 1 or name.startswith((".", "~")):
+        raise ValueError(f"--members: {given} is neither a folder nor a Hub name like org/name")
     try:
-        return Path(huggingface_hub.snapshot_download(given, allow_patterns=MEMBER_FILES))
+        files = {"allow_patterns": MEMBER_FILES, "ignore_patterns": ["*/*"]}
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **files))
     except Exception as error:  # noqa: BLE001, the Hub's HTTP library has errors of its own
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise ValueError(
-            f"{given} is not a folder, and the Hub doesn't give it: {reason}"
-        ) from None
+        raise ValueError(f"--members: the Hub doesn't give {given} ({reason})") from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -1001,8 +1007,10 @@ def load_members(folders: dict[str, Path], args: argparse.Namespace) -> list[Any
     if len(devices) != M:
         raise ValueError(f"--device must name one device or one per member, got {len(devices)}")
     codecs: list[Any] = [mdlm.load_codec(folder) for folder in folders.values()]
+    for device in devices:
+        train_toy.check_device(device)
     # Members with equal vocabularies share a codec, so that trajectories cross as plain ids.
-    keys = [(*codec.vocabulary, codec.mask_id, codec.eos_id) for codec in codecs]
+    keys = [codec.key for codec in codecs]
     members = []
     for (name, folder), key, device in zip(folders.items(), keys, devices):
         codec = codecs[keys.index(key)]
@@ -1097,6 +1105,7 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
         "config": asdict(config),
         "dtype": args.dtype,
         "cache": args.cache,
+        "batch_size": args.batch_size or 8,  # in bfloat16 tokens can depend on it
     }
     out = args.out or Path("results", task)
     keep_settings(out, settings)

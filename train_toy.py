@@ -402,9 +402,14 @@ def train_members(plan: Plan, out: str | Path, device: str = "cpu") -> list[dict
 
 
 def check_device(device: str) -> None:
-    """ValueError with the first sentence of PyTorch's reason if the device cannot be used."""
+    """ValueError with the first sentence of PyTorch's reason if the device cannot be used, or lacks
+    an operation that training or decoding needs."""
     try:
-        torch.zeros(1, device=device)
+        model = build(Settings(width=8, layers=1)).to(device)
+        tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
+        mdlm.diffusion_loss(model, tokens, tokens == 0, torch.Generator(device)).backward()
+        member = tie.Member(model, MASK, EOS)
+        tie.decode(member, canvas([Problem(905173, 6).prompt], device), tie.Config(top_k=16))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(f"device {device} cannot be used: {reason}") from None
