@@ -33,7 +33,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX ---------------
+# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX -----------
 
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # of braces, with more of them three deep
 BOX = rf"\\?\b(?:boxed|fbox)\s*\{{{INSIDE}\}}"
@@ -48,7 +48,7 @@ LEAD = (  # "So the answer is", "Expression:", "The area is", "="
     r"(?i)^\s*(?:[\s*_:=,.>#-]*(?:\\text\{\s*)?(?<!\\)\b"
     rf"(?:(?:{WORDS})\b|[^\W\d_](?:[^\W\d_]| )*(?:\b(?:is|are)\b|(?=[:：]))))+[\s:：=,*_}}]*|^[\s:=#*]+"
 )
-UNIT = (  # or a remark, at the end
+UNIT = (  # or a remark, at the end: "5 cm^2", "5\\text{ apples}", "5 (each)"
     r"(?:(?<=[\d})])|(?<=\\pi))(?:\s*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}|\s+\([a-z]{3,}[^()\\]*\)|"
     r"\s+(?!(?:and|or)\b)(?:[a-z]{3,}|ft|cm|mm|km|in|kg|lbs?|oz|hrs?|mi|yd|m|g|s|L|sq\.?)"
     r"(?:[\s/][a-z]+)*\.?)(?:\^\{?\d\}?)?[\s=]*$"
@@ -58,7 +58,7 @@ DRESSING = (
     (r"(?<![\\$])\$(?=\S)((?:\\\$|[^$\n])*?(?<=\S))\$(?!\d)", r"\\(\1\\)"),  # not $5 and $6
     (rf"\\(?:text(?:bf|it)|mathbf|boldsymbol|underline)\s*\{{({INSIDE})\}}", r"\1"),
     (r"(?<![\w)}\]*])(\*\*?)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])", r"\2"),  # not x**2
-    (r"</\w+>|<\w{2,}>|<\|.*?\|>|[`\"“”]|^\s*['‘]|['’](?=[\s.]*$)", " "),
+    (r"</\w+>|<\w{2,}>|<\|.*?\|>|[`\"“”]|^\s*['‘]|['’](?=[\s.]*$)", " "),  # tags and quotes
     (LEAD, ""),
 )  # fmt: skip
 NOTATION = (
@@ -67,36 +67,31 @@ NOTATION = (
     (r"[₀-₉]+", r"_{\g<0>}"),
     (r"[¼-¾⅐-⅞]", r" \g<0>"),
     (r"(?s).+", lambda text: unicodedata.normalize("NFKC", text[0])),  # ½ into 1⁄2, a thin space into a space
-    (r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
     (r"[−–—‐‑]", "-"),
     (r"[×·⋅∙•∗✕✖⨉]|\\\*|\\(?:times|cdot|ast)(?![a-z])", "*"),
     (r"\*\*", "^"),
     (r"\^\s*(-\d+)", r"^{\1}"),
     (r"[÷⁄]|\\div(?![a-z])", "/"),
-    (r"≤|<=|=<|\\leq?(?:slant)?(?![a-z])", r"\\le "),
-    (r"≥|>=|\\geq?(?:slant)?(?![a-z])", r"\\ge "),
-    (r"±|\+/-|\+-(?=[\s\\])", r"\\pm "),
+    (r"\+/-|\+-(?=[\s\\])", r"\\pm "),
     (r"√", r"\\sqrt"),
     (r"(?<![\\A-Za-z])(sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log)(?![A-Za-z])", r"\\\1"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*(\d+(?:\.\d+)?|[a-z])", r"\\sqrt{\1}"),
     (r"π|(?<![\\A-Za-z])(?i:pi)(?![A-Za-z])", r"\\pi "),
     (r"∞|(?<![\\A-Za-z])inf(?:ini)?ty(?![A-Za-z])", r"\\infty "),
-    (r"∪|\\bigcup|(?<=[\])}])\s*(?:U|union)\s*(?=[\[(\\])", r"\\cup "),
+    (r"∪|\\bigcup|(?<=[\])}])\s*(?:U|union)\s*(?=[\[(\\])", r"\\cup "),  # (0,9) U (9,36)
     (r"∈|(?<=[a-zA-Z]) in (?=[\[({\\])", r"\\in "),
     (r"(?<![\\a-z])exp\s*\(([^()]*)\)", r"e^{\1}"),
-    (r"\\left\s*[\[(]\s*\\begin\{(?:array|smallmatrix)\}(?:\{[^{}]*\})?(.*?)\\end\{\w+\}\s*\\right\s*[\])]",
-     r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    (r"\\[bB]igg?[lr]?(?![a-z])|\\?[$€£₹]|(?<!\\)\\[()]|(?<=\\\\)\[\w*\]", " "),
-    (r"\{,\}|,\\!\s*", ","),
-    (r"(?<=\d)(?:(?<!\\)\\[,!;: ]|[~'’])(?=\d{3}(?!\d))", ""),
+    (r"\\[bB]igg?[lr]?(?![a-z])|\\?[$€£₹]|(?<!\\)\\[()]|(?<=\\\\)\[\w*\]", " "),  # also the [2pt] of a matrix
+    (r"\{,\}|,\\!\s*", ","),  # 10{,}080
+    (r"(?<=\d)(?:(?<!\\)\\[,!;: ]|[~'’])(?=\d{3}(?!\d))", ""),  # 10\,080 and 10'080
     (r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),
-    (r"\\[lc]dots|\.{3}", r"\\dots "),
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),  # 10 080
+    (r"\\[lc]dots|\.{3}", r"\\dots "),  # math-verify would leave \ldots out
     (r"\\[dtc]frac", r"\\frac"),
-    (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+    (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),  # 1 1/2
     (r"\\(?:mathrm|text|mathit|rm|operatorname)\s*\{\s*([ei])\s*\}", r" \1 "),
-    (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),
+    (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),  # alone, for math-verify to see that it is imaginary
     (r"(?<!\\)%|(?<=\d)\s*percent(?:age)?", r"\\%"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?thousand\}?", "*10^{3}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?million\}?", "*10^{6}"),
@@ -160,9 +155,8 @@ def math_equal(answer: str, gold: str) -> bool:
         return False
     if all(re.fullmatch(r"-?\d*\.?\d+", text) for text in pair):
         return Fraction(pair[0]) == Fraction(pair[1])
-    if (
-        len(set(re.findall(r"\d_\{?(\d+)", " ".join(pair)))) > 1
-    ):  # number bases, which math-verify ignores
+    bases = re.findall(r"\d_\{?(\d+)", " ".join(pair))
+    if len(set(bases)) > 1:  # math-verify ignores number bases
         return False
     grader = _grader()
     verdict = ""

@@ -73,7 +73,7 @@ SAMPLES = {  # task -> file name, rows, right answers, a wrong answer, a part of
     "gsm8k": ("t.jsonl", [GSM, {"question": "P?", "answer": "#### -10"}], ["$2,125.00", "-10."], "9", "Q\u2028?"),
     "math500": ("t.jsonl", [MATH], ["\\boxed{\\dfrac{14}{3}}"], "4.67", "P"),
     "humaneval": ("HumanEval.jsonl", [HUMANEVAL], ["def total(x):\n    return sum(x)"], "def total(x):\n    return 3", HUMANEVAL["prompt"]),
-    "mbpp": ("mbpp.json", MBPP, ["def halve(x):\n  return floor(x / 2)"] * 3, "def halve(x):\n    return 2.5", "assert halve(5) == 2"),
+    "mbpp": ("mbpp.json", MBPP, [" def halve(x):\n  return floor(x / 2)\nx = 1", "  def halve(x):\n    return x // 2", "```python\ndef halve(x): return x // 2"], "def halve(x):\n    return 2.5", "assert halve(5) == 2"),
     "countdown": ("cd3.jsonl", [CD3, {"input": "30,100,93", "output": "23"}, {"nums": [2, 2, 3], "target": 12}],
                   ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"], "50", "50 from the numbers 15, 44, 79."),
 }  # fmt: skip
@@ -137,7 +137,7 @@ def refusal(task, path, row):
 
 @pytest.mark.parametrize("task, good, bad", [
     *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
-    ("math500", MATH, GSM), ("math500", MATH, MATH),
+    ("math500", MATH, MATH),
     ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
     ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
     ("humaneval", HUMANEVAL, {"task_id": "x"}),
@@ -171,10 +171,9 @@ def test_settings_are_the_papers():
     lengths = {"gsm8k": 256, "countdown": 256, "math500": 512, "humaneval": 512, "mbpp": 512}
     for task, benchmark in BENCHMARKS.items():
         assert benchmark.length == lengths.get(task, 128) > benchmark.answer_length
-        mathematics = task in ("gsm8k", "math500")
-        assert benchmark.interval("token_change_count") == (16 if mathematics else 32)
+        short = task in ("gsm8k", "math500")
+        assert benchmark.interval("token_change_count") == (16 if short else 32)
         assert benchmark.interval("top1_probability") == 16
-        assert benchmark.answer_window == (8 if task in ("humaneval", "mbpp") else None)
         assert len(benchmark.table_3) == 7 and len(benchmark.table_4) in (0, 4)
     assert BENCHMARKS["gsm8k"].table_3[3] == 83.47  # TIE with token change count
 
@@ -190,24 +189,23 @@ $$ ¦ @
 
 We check: 1 + 1 = 2."""
 MATRIX = r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}"
-GOLDS = [r"\frac{14}{3}", r"3\sqrt{13}", "(6,31,-1)", "(3,4]", "x^3+3x-6", "p - q", r"\text{Evelyn}", r"\$36", "-2", MATRIX]  # fmt: skip
+GOLDS = {
+    "math500": [r"\frac{14}{3}", r"3\sqrt{13}", "(6,31,-1)", "(3,4]", "x^3+3x-6", "p - q", r"\text{Evelyn}", r"\$36", "-2", MATRIX],
+    "gsm8k": ["1250", "-10", "3.5"],
+    "mmlu": [*"ABCDE"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dress", DRESSES.split("¦"))
 def test_an_answer_in_any_dress(dress):
     dress = dress.strip()
-    for gold, other in zip(GOLDS, GOLDS[1:] + GOLDS[:1]):
-        assert right("math500", gold, dress.replace("@", gold))
-        assert not right("math500", other, dress.replace("@", gold))
-    for answer in ("1,250", "-10", "3.5"):
-        value = float(answer.replace(",", ""))
-        assert right("gsm8k", str(value), dress.replace("@", answer))
-        assert not right("gsm8k", str(value + 1), dress.replace("@", answer))
-    for answer in ("B", "(B)", "B) iron"):
-        assert grade("mmlu", Question("x", "", "B"), dress.replace("@", answer)) == ("B", True)
-    gold = {"numbers": [8, 3, 2], "target": 22}
-    assert right("countdown", gold, dress.replace("@", "8 * 3 - 2"))
-    assert not right("countdown", {**gold, "target": 8}, dress.replace("@", "8 * 3 - 2"))
+    for task, golds in GOLDS.items():
+        for gold, other in zip(golds, golds[1:] + golds[:1]):
+            text = dress.replace("@", gold)
+            assert right(task, gold, text) and not right(task, other, text)
+    numbers = {"numbers": [8, 3, 2], "target": 22}
+    assert right("countdown", numbers, dress.replace("@", "8 * 3 - 2"))
+    assert not right("countdown", numbers, dress.replace("@", "8 * 3"))
 
 
 KINDS = [  # task, gold, texts that say it, texts that don't
@@ -230,12 +228,12 @@ KINDS = [  # task, gold, texts that say it, texts that don't
     ("math500", ".0000672", r"6.72 \times 10^{-5} ¦ 6.72*10^-5 ¦ 6.72 × 10⁻⁵", ".00007 ¦ .0000673"),
     ("math500", "52_8", "52_{8} ¦ 52₈ ¦ 52", "52_9 ¦ 25_8"),
     ("math500", r"28\%", r"28% ¦ 28 percent ¦ 28 ¦ 28\text{ percent}", "82% ¦ 2.8"),
-    ("gsm8k", "18", r"\$18.00 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
+    ("gsm8k", "18", r"\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
      r"18/5 ¦ \frac{18}{5} ¦ 18 million ¦ 2^{18} ¦ 18½ ¦ -18 ¦ –18 ¦ 18 000 ¦ 18:2 ¦ 18 = 9 ¦ \sqrt{18} ¦ \boxed{}"),
     ("gsm8k", "1250", "1,250 ¦ 1 250 ¦ 1\u2009250 ¦ 1\\,250 ¦ 1{,}250 ¦ 1'250 ¦ 1.25 thousand ¦ 1.25 × 10^3", "1 ¦ 250 ¦ 125"),
     ("gsm8k", "1.5", r"3/2 ¦ 1½ ¦ 1 1/2 hours ¦ 1\frac12 ¦ \frac{3}{2} ¦ 1.50", "1 ¦ 3 ¦ 1/2 ¦ 11/2"),
     ("gsm8k", "1500000", r"1.5 million ¦ \$1.5 \text{ million} ¦ 1,500,000.00", "1.5 ¦ 1.5 billion"),
-    ("mmlu", "B", r"""b ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
+    ("mmlu", "B", r"""b ¦ (B) ¦ B) iron ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
      ANSWER IS B. A is wrong. ¦ the answer is (b) ¦ Option B: iron ¦ Antwort: B ¦ \boxed{A = \pi r^2} Answer: B ¦ I think it's B""",
      "A car ¦ Don't know ¦ Vitamin B ¦ A = B + 1 ¦ A and B ¦ It's cold ¦ "),
     ("mmlu", "A", "A ¦ a) a car ¦ (A) Vitamin C ¦ A because B is not ¦ The answer is A.", "A car ¦ the answer is a car ¦ None of the above"),
@@ -439,12 +437,11 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-@pytest.mark.parametrize("asked", [None, False, True, "yes"])
-def test_code_runs_only_where_it_is_asked_for(asked, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [None, True])
+def test_code_runs_only_where_it_is_asked_for(asked, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_code", lambda *sources, **_: pytest.fail("code was run"))
-    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
     with pytest.raises(ValueError, match="--run-code"):
-        grade("humaneval", question, "def total(x): return sum(x)", asked)
+        grade("humaneval", Question("x", "", HUMANEVAL), "def total(x): return sum(x)", asked)
 
 
 def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
@@ -471,17 +468,8 @@ WHOLE = f"def total(x):\n    {BODY}\n\ndef other(): pass"
     "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
 ])  # fmt: skip
 @pytest.mark.parametrize("how", [pytest.param("confined", marks=needs_bwrap), "unconfined"])
-def test_humaneval_takes_whole_functions_and_continuations(answer, how, tmp_path):
-    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
-    assert grade("humaneval", question, answer + "\n```", how)[1]
-
-
-@pytest.mark.parametrize("code", [
-    " def halve(x):\n  return floor(x / 2)\nx = 1", "    def halve(x):\n        return floor(x / 2)", "```python\n def halve(x): return x // 2",
-])  # fmt: skip
-def test_mbpp_takes_other_indentation(code, tmp_path):
-    question = load("mbpp", write(tmp_path, "m.json", MBPP))[0]
-    assert grade("mbpp", question, code, "unconfined" if missing() else "confined")[1]
+def test_humaneval_takes_whole_functions_and_continuations(answer, how):
+    assert grade("humaneval", Question("x", "", HUMANEVAL), answer + "\n```", how)[1]
 
 
 ORDINARY = {
