@@ -48,7 +48,7 @@ CASES = [
     ("eval --steps 0", "steps must be 1 to"),
     # devices and folders
     ("eval --device abacus", "device abacus cannot be used"),
-    (f"{REAL} --device abacus", "device 'abacus' cannot be used"),
+    (f"{REAL} --device abacus", "device abacus cannot be used"),
     (f"{REAL} --device cpu cpu cpu", "--device must name one device or one per member, got 3"),
     ("eval --checkpoints test.jsonl", "test.jsonl"),
     ("eval figures --out test.jsonl", "test.jsonl"),
@@ -58,7 +58,7 @@ CASES = [
     # members
     (f"{REAL} --members a=llada", "an ensemble needs two members; or add --single"),
     (f"{REAL} --members a=llada a=dream", "--members must have different names, got ['a', 'a']"),
-    (f"{REAL} --members a=llada b=nowhere", "nowhere is not a folder"),
+    (f"{REAL} --members a=llada b=nowhere", "nowhere is neither a folder nor a Hub name"),
     (f"{REAL} --members a=llada b=checkpoints", "checkpoints/config.json: missing"),
     (f"{REAL} --members a=llada b=checkpoints/toy-seed0/A", "toy-seed0/A: tokenizer"),
     (REAL, "dream/config.json: missing", "dream", remove("config.json")),

@@ -77,12 +77,7 @@ def test_killed_and_resumed_it_leaves_the_same_records(folders, data, whole, tmp
 
 
 def test_a_complete_run_decodes_nothing_wherever_its_files_are(
-    folders,
-    data,
-    whole,
-    tmp_path,
-    monkeypatch,
-    capsys,
+    folders, data, whole, tmp_path, monkeypatch, capsys
 ):
     moved = {
         name: shutil.copytree(folder, tmp_path / f"moved {name}")
@@ -91,10 +86,8 @@ def test_a_complete_run_decodes_nothing_wherever_its_files_are(
     (moved["llada"] / "README.md").write_text("not read")
     renamed = shutil.copy(data, tmp_path)
     out = shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(
-        evaluation.tie, "ensemble", Mock(side_effect=AssertionError("decoded again"))
-    )
-    run(moved, renamed, "--out", out, "--batch-size", 1, "--json")
+    monkeypatch.setattr(evaluation, "decode", Mock(side_effect=AssertionError("decoded again")))
+    run(moved, renamed, "--out", out, "--json")
     assert json.loads(capsys.readouterr().out) == summary(whole)
 
 
@@ -110,7 +103,7 @@ OTHERS = [  # a change of the files, options, the settings that differ
     (questions("Tom", "Tim"), [], "questions"),
     (questions("#### ", "#### 1"), [], "questions"),
     (questions("", ""), ["--limit", 5], "questions"),
-    (questions("", ""), ["--interval", 3], "config"),
+    (questions("", ""), ["--interval", 3, "--batch-size", 1], "config, batch_size"),
     (questions("", ""), ["--single", "--cache", 4, "--dtype", "bfloat16"], "single, dtype, cache"),
 ]
 
@@ -197,6 +190,7 @@ def test_processes_and_members_take_the_gpus_in_turn(
     monkeypatch.setenv("LOCAL_RANK", str(local))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(train_toy, "check_device", str)
     monkeypatch.setattr(
         mdlm, "load", lambda folder, to, dtype: asked.append(to) or load(folder, "cpu")
     )
@@ -209,9 +203,7 @@ def test_processes_and_members_take_the_gpus_in_turn(
 
 def test_equal_vocabularies_share_a_codec(folders, data, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        evaluation.tie, "ensemble", lambda members, *rest: given.extend(members) or 1 / 0
-    )
+    monkeypatch.setattr(evaluation, "decode", lambda members, *_: given.extend(members) or 1 / 0)
     members = {"a": folders["dream"], "b": folders["dream"], "c": folders["llada"]}
     with pytest.raises(ZeroDivisionError):
         run(members, data, "--dtype", "bfloat16", "--out", tmp_path)
@@ -241,10 +233,11 @@ def test_only_what_is_read_is_fetched(monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more) or name
     )
-    assert evaluation.member_folder("org/name") == Path("org/name")
+    address = "https://huggingface.co/org/name@v1"
+    assert evaluation.member_folder(address) == Path("org/name") and asked.pop("revision") == "v1"
     read = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     read += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-    code = ["modeling_llada.py", "pytorch_model.bin"]
+    code = ["modeling_llada.py", "pytorch_model.bin", "original/model.safetensors"]
     assert [*huggingface_hub.utils.filter_repo_objects(read + code, **asked)] == read
 
 
