@@ -200,12 +200,10 @@ def _grade_from_stdin() -> None:
     with open(os.devnull, "w") as sys.stderr:
         sys.stdout = sys.stderr
         for line in sys.stdin:
-            faulthandler.dump_traceback_later(
-                5, exit=True
-            )  # also within one long power, unlike Python's signals
-            parsed = [
-                parse(f"${text}$", configs, parsing_timeout=None) for text in json.loads(line)
-            ]
+            # A thread that also ends this process within one long power, where Python's signals wait.
+            faulthandler.dump_traceback_later(5, exit=True)
+            pair = json.loads(line)
+            parsed = [parse(f"${text}$", configs, parsing_timeout=None) for text in pair]
             equal = verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None)
             print(equal, file=verdicts, flush=True)
             faulthandler.cancel_dump_traceback_later()

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import pwd
-import resource
 import shutil
 import signal
 import socket
@@ -105,7 +104,6 @@ def test_gold_answers_are_right_and_wrong_ones_wrong(task, tmp_path):
         assert grade(task, question, answer + tail, run_code)[1]
         assert not grade(task, question, wrong + tail, run_code)[1]
         assert not grade(task, question, "", run_code)[1]
-        assert not isinstance(question.gold, str) or grade(task, question, question.gold)[1]
         assert ("Answer: " in question.prompt) != code == ("no explanation" in question.prompt)
     assert shown in questions[0].prompt
 
@@ -140,19 +138,19 @@ def refusal(task, path, row):
     *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
     ("math500", MATH, MATH),
     ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
-    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
+    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}),
     ("humaneval", HUMANEVAL, {"task_id": "x"}),
     ("mbpp", MBPP[0], MBPP[0]), ("mbpp", MBPP[0], {**MBPP[1], "test_list": None}),
-    ("countdown", CD3, GSM), ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
+    ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
 ])  # fmt: skip
 def test_a_row_of_another_kind_is_one_clear_line(task, good, bad, tmp_path):
     refusal(task, write(tmp_path, "rows.jsonl", [good, bad]), 2)
 
 
 @pytest.mark.parametrize("name, content, row", [
-    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1), ("mbpp.json", b'[{"prompt', 1),
+    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("mbpp.json", b'[{"prompt', 1),
     ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
-    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,E", 1), ("mmlu.csv", b"q,a,b,c,d,", 1),
+    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,", 1),
 ])  # fmt: skip
 def test_a_malformed_file_is_one_clear_line(name, content, row, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -329,12 +327,10 @@ def test_no_text_breaks_the_graders(text):
 )
 def test_answers_that_hang_or_exhaust_memory_are_wrong(text):
     start = time.monotonic()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     assert not math_equal(text, "5")
     assert not right("countdown", NINES, text)
     assert math_equal("x + 1", "1 + x")
     assert time.monotonic() - start < 60  # far above the limit of 5 seconds
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
@@ -497,13 +493,12 @@ def test_ordinary_programs_run(name, confined):
 
 FAILURES = {
     "endless loop": "while True: pass", "sleep": "import time; time.sleep(60)", "os._exit": "import os; os._exit(0)",
-    "sys.exit": "import sys; sys.exit(0)", "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
+    "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
     "kill itself": "import os; os.kill(os.getpid(), 9)", "memory bomb": "x = bytearray(10 ** 10)",
     "growing memory": "x = []\nwhile True: x.append(bytearray(10 ** 7))", "NUL": "\0", "surrogate": "x = '\ud800'",
     "huge file": "f = open('x', 'wb')\nwhile True: f.write(bytes(10 ** 6)); f.flush()",
     "flood": "while True: print('x' * 10 ** 5)", "flood of errors": "import os\nwhile True: os.write(2, b'x' * 10 ** 5)",
-    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)", "unclosed string": "x = '''",
-    "swallowed": "import sys\nsys.settrace(None)\nraise KeyboardInterrupt",
+    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)",
     "nested folders": "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')\nassert False",
     "junk on every pipe": "import os\nfor fd in range(1, 64):\n"
     "    try: os.write(fd, b'0' * 32)\n    except OSError: pass\nos._exit(0)",
@@ -579,13 +574,6 @@ def test_a_confined_program_reaches_nothing(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["fork", "fork below Python", "kernel", "sockets", "the token"])
 def test_what_an_unconfined_program_cannot_do_either(name):
     assert run_code(REFUSED[name].format(), timeout=20, confined=False)
-
-
-@pytest.mark.parametrize("confined", CONFINED)
-def test_memory_is_limited(confined):
-    source = "x = bytearray(1 << 28)"
-    assert run_code(source, timeout=20, memory=1 << 30, confined=confined)
-    assert not run_code(source, timeout=20, memory=1 << 28, confined=confined)
 
 
 @needs_bwrap
