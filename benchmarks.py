@@ -9,6 +9,7 @@ Each benchmark is one class: the file it is published in, its prompt, lengths, e
 from __future__ import annotations
 
 import csv
+import errno
 import faulthandler
 import functools
 import gzip
@@ -16,10 +17,12 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -48,7 +51,7 @@ LEAD = (  # "So the answer is", "Expression:", "The area is", "="
     r"(?i)^\s*(?:[\s*_:=,.>#-]*(?:\\text\{\s*)?(?<!\\)\b"
     rf"(?:(?:{WORDS})\b|[^\W\d_](?:[^\W\d_]| )*(?:\b(?:is|are)\b|(?=[:：]))))+[\s:：=,*_}}]*|^[\s:=#*]+"
 )
-UNIT = (  # or a remark, at the end: "5 cm^2", "5\\text{ apples}", "5 (each)"
+UNIT = (  # or a remark, at the end: "5 cm^2", "5\text{ apples}", "5 (each)"
     r"(?:(?<=[\d})])|(?<=\\pi))(?:\s*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}|\s+\([a-z]{3,}[^()\\]*\)|"
     r"\s+(?!(?:and|or)\b)(?:[a-z]{3,}|ft|cm|mm|km|in|kg|lbs?|oz|hrs?|mi|yd|m|g|s|L|sq\.?)"
     r"(?:[\s/][a-z]+)*\.?)(?:\^\{?\d\}?)?[\s=]*$"
@@ -197,12 +200,10 @@ def _grade_from_stdin() -> None:
     with open(os.devnull, "w") as sys.stderr:
         sys.stdout = sys.stderr
         for line in sys.stdin:
-            faulthandler.dump_traceback_later(
-                5, exit=True
-            )  # also within one long power, unlike Python's signals
-            parsed = [
-                parse(f"${text}$", configs, parsing_timeout=None) for text in json.loads(line)
-            ]
+            # A thread that also ends this process within one long power, where Python's signals wait.
+            faulthandler.dump_traceback_later(5, exit=True)
+            pair = json.loads(line)
+            parsed = [parse(f"${text}$", configs, parsing_timeout=None) for text in pair]
             equal = verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None)
             print(equal, file=verdicts, flush=True)
             faulthandler.cancel_dump_traceback_later()
@@ -215,9 +216,9 @@ PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 # working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
 # As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
 RUNNER = r"""
-import contextlib, functools, json, os, resource, sys, types
+import contextlib, ctypes, functools, json, os, resource, struct, sys, types
 def prepare():
-    sources, token, limits, user = json.load(sys.stdin)
+    sources, token, limits, rules, user = json.load(sys.stdin)
     result = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     if user:  # the limit on processes doesn't hold for root
@@ -227,6 +228,11 @@ def prepare():
     for name, most in limits.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS refuses AS
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    if rules:
+        instructions = ctypes.create_string_buffer(bytes.fromhex(rules))
+        program = struct.pack("HP", len(rules) // 16, ctypes.addressof(instructions))
+        for option in ((38, 1, 0, 0, 0), (22, 2, program)):  # no new privileges, and the filter
+            assert ctypes.CDLL(None).prctl(*option) == 0
     module = sys.modules["program"] = types.ModuleType("program")
     actions = []
     for number, source in enumerate(sources):
@@ -239,6 +245,40 @@ for action in prepare():
     action()
 """
 
+# What bubblewrap leaves open: keys of the caller's session, memory that RLIMIT_AS doesn't count, other parts of the
+# kernel, and new processes (but not threads). The numbers are those of x86-64 and of 64-bit ARM, which has no fork.
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+SYSTEM_CALLS = """
+    add_key 248 217, request_key 249 218, keyctl 250 219, shmget 29 194, msgget 68 186, semget 64 190, unshare 272 97,
+    setns 308 268, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, userfaultfd 323 282,
+    bpf 321 280, perf_event_open 298 241, ptrace 101 117, fork 57 -1, vfork 58 -1, clone3 435 435, clone 56 220, socket 41 198
+"""
+
+
+def _seccomp() -> bytes:
+    """Return a filter, as classic BPF, that refuses SYSTEM_CALLS except for threads and for sockets of UNIX and INET.
+
+    It is empty on systems other than Linux on x86-64 and 64-bit ARM.
+    """
+    if sys.platform != "linux" or platform.machine() not in MACHINES:
+        return b""
+    column, architecture = MACHINES[platform.machine()]
+    names = [entry.split() for entry in SYSTEM_CALLS.split(",")]
+    *refused, clone3, clone, socket = [int(numbers[column]) for _, *numbers in names]
+    load, equal, least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    refuse = (give, 0, 0, 0x50000 | errno.EPERM)
+    allow = (give, 0, 0, 0x7FFF0000)
+    rows = [
+        (load, 0, 0, 4), (equal, 1, 0, architecture), refuse,
+        (load, 0, 0, 0), (least, 0, 1, 1 << 30), refuse,  # x86-64's second numbering
+        *[row for number in refused if number >= 0 for row in ((equal, 0, 1, number), refuse)],
+        (equal, 0, 1, clone3), (give, 0, 0, 0x50000 | errno.ENOSYS),  # libc then uses clone, whose flags can be read
+        (equal, 0, 4, clone), (load, 0, 0, 16), (bits, 1, 0, 0x10000), refuse, allow,  # CLONE_THREAD
+        (equal, 0, 3, socket), (load, 0, 0, 16), (least, 0, 1, 3), refuse,  # families above INET
+        allow,
+    ]  # fmt: skip
+    return b"".join(struct.pack("HBBI", *row) for row in rows)
+
 
 def run_code(
     *sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True
@@ -246,14 +286,18 @@ def run_code(
     """Return whether the Python `sources`, run one after the other as one module, all run through to their ends.
 
     They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user: without environment or input,
-    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS), size
-    of files and, except for root unconfined, processes. Success is a random token written last, so leaving early is
-    failure; but a program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
+    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS) and
+    size of files. They can start threads, but no processes, and a seccomp filter refuses SYSTEM_CALLS. Without one, on
+    macOS or another processor, those stay open to them, and only the limit on processes, which doesn't hold for root
+    unconfined, stops both threads and processes. Success is a random token written last, so leaving early is failure; but a
+    program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
     """
     token = secrets.token_hex(16)
-    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}  # fmt: skip
+    rules = _seccomp().hex()
+    tasks = 1024 if rules else 0  # without rules, room for threads would be room for processes
+    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": tasks, "NOFILE": 64, "CORE": 0}  # fmt: skip
     nobody = 65534 if confined and os.getuid() == 0 else None
-    job = json.dumps([sources, token, limits, nobody]).encode()
+    job = json.dumps([sources, token, limits, rules, nobody]).encode()
     command = [*(_bubblewrap() if confined else []), PYTHON, "-I", "-B", "-c", RUNNER]
     with (
         suppress(subprocess.TimeoutExpired, RecursionError),  # nested folders are too deep to be removed

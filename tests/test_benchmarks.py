@@ -4,8 +4,8 @@ import csv
 import gzip
 import json
 import os
+import platform
 import pwd
-import resource
 import shutil
 import signal
 import socket
@@ -104,7 +104,6 @@ def test_gold_answers_are_right_and_wrong_ones_wrong(task, tmp_path):
         assert grade(task, question, answer + tail, run_code)[1]
         assert not grade(task, question, wrong + tail, run_code)[1]
         assert not grade(task, question, "", run_code)[1]
-        assert not isinstance(question.gold, str) or grade(task, question, question.gold)[1]
         assert ("Answer: " in question.prompt) != code == ("no explanation" in question.prompt)
     assert shown in questions[0].prompt
 
@@ -139,19 +138,19 @@ def refusal(task, path, row):
     *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
     ("math500", MATH, MATH),
     ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
-    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
+    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}),
     ("humaneval", HUMANEVAL, {"task_id": "x"}),
     ("mbpp", MBPP[0], MBPP[0]), ("mbpp", MBPP[0], {**MBPP[1], "test_list": None}),
-    ("countdown", CD3, GSM), ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
+    ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
 ])  # fmt: skip
 def test_a_row_of_another_kind_is_one_clear_line(task, good, bad, tmp_path):
     refusal(task, write(tmp_path, "rows.jsonl", [good, bad]), 2)
 
 
 @pytest.mark.parametrize("name, content, row", [
-    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1), ("mbpp.json", b'[{"prompt', 1),
+    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("mbpp.json", b'[{"prompt', 1),
     ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
-    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,E", 1), ("mmlu.csv", b"q,a,b,c,d,", 1),
+    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,", 1),
 ])  # fmt: skip
 def test_a_malformed_file_is_one_clear_line(name, content, row, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -328,12 +327,10 @@ def test_no_text_breaks_the_graders(text):
 )
 def test_answers_that_hang_or_exhaust_memory_are_wrong(text):
     start = time.monotonic()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     assert not math_equal(text, "5")
     assert not right("countdown", NINES, text)
     assert math_equal("x + 1", "1 + x")
     assert time.monotonic() - start < 60  # far above the limit of 5 seconds
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
@@ -483,6 +480,7 @@ ORDINARY = {
     "standard library": "import decimal, collections.abc, heapq, json, math, random, re, string, hashlib, statistics",
     "numpy": "import numpy\nassert numpy.ones(3).sum() == 3",
     "output": "print('x' * 10 ** 5)",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nassert sum(ThreadPoolExecutor(8).map(abs, [-1] * 99)) == 99",
 }  # fmt: skip
 
 
@@ -495,13 +493,12 @@ def test_ordinary_programs_run(name, confined):
 
 FAILURES = {
     "endless loop": "while True: pass", "sleep": "import time; time.sleep(60)", "os._exit": "import os; os._exit(0)",
-    "sys.exit": "import sys; sys.exit(0)", "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
+    "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
     "kill itself": "import os; os.kill(os.getpid(), 9)", "memory bomb": "x = bytearray(10 ** 10)",
     "growing memory": "x = []\nwhile True: x.append(bytearray(10 ** 7))", "NUL": "\0", "surrogate": "x = '\ud800'",
     "huge file": "f = open('x', 'wb')\nwhile True: f.write(bytes(10 ** 6)); f.flush()",
     "flood": "while True: print('x' * 10 ** 5)", "flood of errors": "import os\nwhile True: os.write(2, b'x' * 10 ** 5)",
-    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)", "unclosed string": "x = '''",
-    "swallowed": "import sys\nsys.settrace(None)\nraise KeyboardInterrupt",
+    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)",
     "nested folders": "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')\nassert False",
     "junk on every pipe": "import os\nfor fd in range(1, 64):\n"
     "    try: os.write(fd, b'0' * 32)\n    except OSError: pass\nos._exit(0)",
@@ -527,7 +524,7 @@ def test_mischief_fails_and_harms_nothing(name, confined, tmp_path, monkeypatch)
 
 REFUSED = {  # what a confined program asserts about its place; {names} are filled in by the test
     "network": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\nelse: assert False",
-    "interfaces": "import socket\nassert [name for _, name in socket.if_nameindex()] in (['lo'], [])",
+    "interfaces": "import os\nassert set(os.listdir('/sys/class/net') if os.path.exists('/sys') else []) <= {{'lo'}}",
     "files outside": "import os\nassert not os.path.exists({file!r}) and not os.path.exists({root!r} + '/eval.py')\n"
     "assert not os.path.exists('/etc/passwd') and not os.path.exists('/home')",
     "its environment": "import os\nassert {{*os.environ}} <= {{'PWD', 'LC_CTYPE', 'OPENBLAS_NUM_THREADS'}}",
@@ -545,8 +542,14 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
     "except OSError as e: assert e.errno == errno.ENOSPC\nelse: assert False",
     "fork": "import os\ntry: os.fork()\nexcept OSError: pass\nelse: assert False",
     "fork below Python": "import ctypes\nassert ctypes.CDLL(None).fork() == -1",
-    "threads": "import threading\ntry: threading.Thread(target=print).start()\nexcept RuntimeError: pass\nelse: assert False",
     "subprocess": "import subprocess\ntry: subprocess.run(['true'])\nexcept OSError: pass\nelse: assert False",
+    "kernel": "import ctypes, errno, platform\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "keyctl = 250 if platform.machine() == 'x86_64' else 219\n"
+    "for call in (('shmget', 0, 9, 896), ('msgget', 0, 896), ('semget', 0, 1, 896), ('unshare', 1 << 28), ('setns', 0, 0),\n"
+    "             ('ptrace', 0), ('syscall', keyctl, 0, -3, 0), ('syscall', 425, 1, 0)):\n"
+    "    assert (getattr(libc, call[0])(*call[1:]), ctypes.get_errno()) == (-1, errno.EPERM), call",
+    "sockets": "import socket\nsocket.socket(), socket.socketpair()\nfor family in (10, 16, 17, 38, 40):\n"
+    "    try: socket.socket(family, socket.SOCK_DGRAM)\n    except PermissionError: pass\n    else: assert False",
     "memory": "try: bytearray(1 << 29)\nexcept MemoryError: pass\nelse: assert False",
     "the token": "import sys, re, gc\nframe, seen = sys._getframe(), ''\n"
     "while frame: seen += repr((frame.f_locals, frame.f_globals)); frame = frame.f_back\n"
@@ -559,22 +562,18 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
 def test_a_confined_program_reaches_nothing(name, tmp_path, monkeypatch):
     """It runs through to its end, so everything that it asserts about its place is so."""
     monkeypatch.setenv("TIE_SECRET", "x")
-    (tmp_path / "file").write_text("x")
+    file = tmp_path / "file"
+    file.write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        places = {
-            "port": server.getsockname()[1],
-            "file": str(tmp_path / "file"),
-            "root": str(ROOT),
-        }
-        source = REFUSED[name].format(pid=os.getpid(), **places)
+        port = server.getsockname()[1]
+        source = REFUSED[name].format(pid=os.getpid(), port=port, file=str(file), root=str(ROOT))
         assert run_code(source, "pass", timeout=20, memory=1 << 28)
 
 
-@pytest.mark.parametrize("confined", CONFINED)
-def test_memory_is_limited(confined):
-    source = "x = bytearray(1 << 28)"
-    assert run_code(source, timeout=20, memory=1 << 30, confined=confined)
-    assert not run_code(source, timeout=20, memory=1 << 28, confined=confined)
+@pytest.mark.skipif(platform.machine() not in benchmarks.MACHINES, reason="no filter here")
+@pytest.mark.parametrize("name", ["fork", "fork below Python", "kernel", "sockets", "the token"])
+def test_what_an_unconfined_program_cannot_do_either(name):
+    assert run_code(REFUSED[name].format(), timeout=20, confined=False)
 
 
 @needs_bwrap
