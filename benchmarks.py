@@ -9,6 +9,7 @@ Each benchmark is one class: the file it is published in, its prompt, lengths, e
 from __future__ import annotations
 
 import csv
+import errno
 import faulthandler
 import functools
 import gzip
@@ -16,10 +17,12 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import secrets
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,7 +36,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX ---------------
+# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX -----------
 
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # of braces, with more of them three deep
 BOX = rf"\\?\b(?:boxed|fbox)\s*\{{{INSIDE}\}}"
@@ -48,7 +51,7 @@ LEAD = (  # "So the answer is", "Expression:", "The area is", "="
     r"(?i)^\s*(?:[\s*_:=,.>#-]*(?:\\text\{\s*)?(?<!\\)\b"
     rf"(?:(?:{WORDS})\b|[^\W\d_](?:[^\W\d_]| )*(?:\b(?:is|are)\b|(?=[:：]))))+[\s:：=,*_}}]*|^[\s:=#*]+"
 )
-UNIT = (  # or a remark, at the end
+UNIT = (  # or a remark, at the end: "5 cm^2", "5\text{ apples}", "5 (each)"
     r"(?:(?<=[\d})])|(?<=\\pi))(?:\s*\\(?:text|mbox|mathrm|textrm)\{[^{}]*\}|\s+\([a-z]{3,}[^()\\]*\)|"
     r"\s+(?!(?:and|or)\b)(?:[a-z]{3,}|ft|cm|mm|km|in|kg|lbs?|oz|hrs?|mi|yd|m|g|s|L|sq\.?)"
     r"(?:[\s/][a-z]+)*\.?)(?:\^\{?\d\}?)?[\s=]*$"
@@ -58,7 +61,7 @@ DRESSING = (
     (r"(?<![\\$])\$(?=\S)((?:\\\$|[^$\n])*?(?<=\S))\$(?!\d)", r"\\(\1\\)"),  # not $5 and $6
     (rf"\\(?:text(?:bf|it)|mathbf|boldsymbol|underline)\s*\{{({INSIDE})\}}", r"\1"),
     (r"(?<![\w)}\]*])(\*\*?)(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])", r"\2"),  # not x**2
-    (r"</\w+>|<\w{2,}>|<\|.*?\|>|[`\"“”]|^\s*['‘]|['’](?=[\s.]*$)", " "),
+    (r"</\w+>|<\w{2,}>|<\|.*?\|>|[`\"“”]|^\s*['‘]|['’](?=[\s.]*$)", " "),  # tags and quotes
     (LEAD, ""),
 )  # fmt: skip
 NOTATION = (
@@ -67,36 +70,31 @@ NOTATION = (
     (r"[₀-₉]+", r"_{\g<0>}"),
     (r"[¼-¾⅐-⅞]", r" \g<0>"),
     (r"(?s).+", lambda text: unicodedata.normalize("NFKC", text[0])),  # ½ into 1⁄2, a thin space into a space
-    (r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
     (r"[−–—‐‑]", "-"),
     (r"[×·⋅∙•∗✕✖⨉]|\\\*|\\(?:times|cdot|ast)(?![a-z])", "*"),
     (r"\*\*", "^"),
     (r"\^\s*(-\d+)", r"^{\1}"),
     (r"[÷⁄]|\\div(?![a-z])", "/"),
-    (r"≤|<=|=<|\\leq?(?:slant)?(?![a-z])", r"\\le "),
-    (r"≥|>=|\\geq?(?:slant)?(?![a-z])", r"\\ge "),
-    (r"±|\+/-|\+-(?=[\s\\])", r"\\pm "),
+    (r"\+/-|\+-(?=[\s\\])", r"\\pm "),
     (r"√", r"\\sqrt"),
     (r"(?<![\\A-Za-z])(sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log)(?![A-Za-z])", r"\\\1"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\\sqrt\s*(\d+(?:\.\d+)?|[a-z])", r"\\sqrt{\1}"),
     (r"π|(?<![\\A-Za-z])(?i:pi)(?![A-Za-z])", r"\\pi "),
     (r"∞|(?<![\\A-Za-z])inf(?:ini)?ty(?![A-Za-z])", r"\\infty "),
-    (r"∪|\\bigcup|(?<=[\])}])\s*(?:U|union)\s*(?=[\[(\\])", r"\\cup "),
+    (r"∪|\\bigcup|(?<=[\])}])\s*(?:U|union)\s*(?=[\[(\\])", r"\\cup "),  # (0,9) U (9,36)
     (r"∈|(?<=[a-zA-Z]) in (?=[\[({\\])", r"\\in "),
     (r"(?<![\\a-z])exp\s*\(([^()]*)\)", r"e^{\1}"),
-    (r"\\left\s*[\[(]\s*\\begin\{(?:array|smallmatrix)\}(?:\{[^{}]*\})?(.*?)\\end\{\w+\}\s*\\right\s*[\])]",
-     r"\\begin{pmatrix}\1\\end{pmatrix}"),
-    (r"\\[bB]igg?[lr]?(?![a-z])|\\?[$€£₹]|(?<!\\)\\[()]|(?<=\\\\)\[\w*\]", " "),
-    (r"\{,\}|,\\!\s*", ","),
-    (r"(?<=\d)(?:(?<!\\)\\[,!;: ]|[~'’])(?=\d{3}(?!\d))", ""),
+    (r"\\[bB]igg?[lr]?(?![a-z])|\\?[$€£₹]|(?<!\\)\\[()]|(?<=\\\\)\[\w*\]", " "),  # also the [2pt] of a matrix
+    (r"\{,\}|,\\!\s*", ","),  # 10{,}080
+    (r"(?<=\d)(?:(?<!\\)\\[,!;: ]|[~'’])(?=\d{3}(?!\d))", ""),  # 10\,080 and 10'080
     (r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![a-z])", " "),
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),
-    (r"\\[lc]dots|\.{3}", r"\\dots "),
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d)", lambda number: number[0].replace(" ", "")),  # 10 080
+    (r"\\[lc]dots|\.{3}", r"\\dots "),  # math-verify would leave \ldots out
     (r"\\[dtc]frac", r"\\frac"),
-    (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
+    (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),  # 1 1/2
     (r"\\(?:mathrm|text|mathit|rm|operatorname)\s*\{\s*([ei])\s*\}", r" \1 "),
-    (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),
+    (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),  # alone, for math-verify to see that it is imaginary
     (r"(?<!\\)%|(?<=\d)\s*percent(?:age)?", r"\\%"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?thousand\}?", "*10^{3}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?million\}?", "*10^{6}"),
@@ -160,9 +158,8 @@ def math_equal(answer: str, gold: str) -> bool:
         return False
     if all(re.fullmatch(r"-?\d*\.?\d+", text) for text in pair):
         return Fraction(pair[0]) == Fraction(pair[1])
-    if (
-        len(set(re.findall(r"\d_\{?(\d+)", " ".join(pair)))) > 1
-    ):  # number bases, which math-verify ignores
+    bases = re.findall(r"\d_\{?(\d+)", " ".join(pair))
+    if len(set(bases)) > 1:  # math-verify ignores number bases
         return False
     grader = _grader()
     verdict = ""
@@ -203,12 +200,10 @@ def _grade_from_stdin() -> None:
     with open(os.devnull, "w") as sys.stderr:
         sys.stdout = sys.stderr
         for line in sys.stdin:
-            faulthandler.dump_traceback_later(
-                5, exit=True
-            )  # also within one long power, unlike Python's signals
-            parsed = [
-                parse(f"${text}$", configs, parsing_timeout=None) for text in json.loads(line)
-            ]
+            # A thread that also ends this process within one long power, where Python's signals wait.
+            faulthandler.dump_traceback_later(5, exit=True)
+            pair = json.loads(line)
+            parsed = [parse(f"${text}$", configs, parsing_timeout=None) for text in pair]
             equal = verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None)
             print(equal, file=verdicts, flush=True)
             faulthandler.cancel_dump_traceback_later()
@@ -221,9 +216,9 @@ PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 # working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
 # As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
 RUNNER = r"""
-import contextlib, functools, json, os, resource, sys, types
+import contextlib, ctypes, functools, json, os, resource, struct, sys, types
 def prepare():
-    sources, token, limits, user = json.load(sys.stdin)
+    sources, token, limits, rules, user = json.load(sys.stdin)
     result = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     if user:  # the limit on processes doesn't hold for root
@@ -233,6 +228,11 @@ def prepare():
     for name, most in limits.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS refuses AS
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+    if rules:
+        instructions = ctypes.create_string_buffer(bytes.fromhex(rules))
+        program = struct.pack("HP", len(rules) // 16, ctypes.addressof(instructions))
+        for option in ((38, 1, 0, 0, 0), (22, 2, program)):  # no new privileges, and the filter
+            assert ctypes.CDLL(None).prctl(*option) == 0
     module = sys.modules["program"] = types.ModuleType("program")
     actions = []
     for number, source in enumerate(sources):
@@ -245,6 +245,40 @@ for action in prepare():
     action()
 """
 
+# What bubblewrap leaves open: keys of the caller's session, memory that RLIMIT_AS doesn't count, other parts of the
+# kernel, and new processes (but not threads). The numbers are those of x86-64 and of 64-bit ARM, which has no fork.
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+SYSTEM_CALLS = """
+    add_key 248 217, request_key 249 218, keyctl 250 219, shmget 29 194, msgget 68 186, semget 64 190, unshare 272 97,
+    setns 308 268, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, userfaultfd 323 282,
+    bpf 321 280, perf_event_open 298 241, ptrace 101 117, fork 57 -1, vfork 58 -1, clone3 435 435, clone 56 220, socket 41 198
+"""
+
+
+def _seccomp() -> bytes:
+    """Return a filter, as classic BPF, that refuses SYSTEM_CALLS except for threads and for sockets of UNIX and INET.
+
+    It is empty on systems other than Linux on x86-64 and 64-bit ARM.
+    """
+    if sys.platform != "linux" or platform.machine() not in MACHINES:
+        return b""
+    column, architecture = MACHINES[platform.machine()]
+    names = [entry.split() for entry in SYSTEM_CALLS.split(",")]
+    *refused, clone3, clone, socket = [int(numbers[column]) for _, *numbers in names]
+    load, equal, least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    refuse = (give, 0, 0, 0x50000 | errno.EPERM)
+    allow = (give, 0, 0, 0x7FFF0000)
+    rows = [
+        (load, 0, 0, 4), (equal, 1, 0, architecture), refuse,
+        (load, 0, 0, 0), (least, 0, 1, 1 << 30), refuse,  # x86-64's second numbering
+        *[row for number in refused if number >= 0 for row in ((equal, 0, 1, number), refuse)],
+        (equal, 0, 1, clone3), (give, 0, 0, 0x50000 | errno.ENOSYS),  # libc then uses clone, whose flags can be read
+        (equal, 0, 4, clone), (load, 0, 0, 16), (bits, 1, 0, 0x10000), refuse, allow,  # CLONE_THREAD
+        (equal, 0, 3, socket), (load, 0, 0, 16), (least, 0, 1, 3), refuse,  # families above INET
+        allow,
+    ]  # fmt: skip
+    return b"".join(struct.pack("HBBI", *row) for row in rows)
+
 
 def run_code(
     *sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True
@@ -252,14 +286,18 @@ def run_code(
     """Return whether the Python `sources`, run one after the other as one module, all run through to their ends.
 
     They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user: without environment or input,
-    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS), size
-    of files and, except for root unconfined, processes. Success is a random token written last, so leaving early is
-    failure; but a program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
+    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS) and
+    size of files. They can start threads, but no processes, and a seccomp filter refuses SYSTEM_CALLS. Without one, on
+    macOS or another processor, those stay open to them, and only the limit on processes, which doesn't hold for root
+    unconfined, stops both threads and processes. Success is a random token written last, so leaving early is failure; but a
+    program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
     """
     token = secrets.token_hex(16)
-    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": 0, "NOFILE": 64, "CORE": 0}  # fmt: skip
+    rules = _seccomp().hex()
+    tasks = 1024 if rules else 0  # without rules, room for threads would be room for processes
+    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": tasks, "NOFILE": 64, "CORE": 0}  # fmt: skip
     nobody = 65534 if confined and os.getuid() == 0 else None
-    job = json.dumps([sources, token, limits, nobody]).encode()
+    job = json.dumps([sources, token, limits, rules, nobody]).encode()
     command = [*(_bubblewrap() if confined else []), PYTHON, "-I", "-B", "-c", RUNNER]
     with (
         suppress(subprocess.TimeoutExpired, RecursionError),  # nested folders are too deep to be removed

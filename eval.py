@@ -996,39 +996,49 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_members(folders: dict[str, Path], args: argparse.Namespace) -> list[Any]:
-    """Members on the devices given, or on the GPUs in turn, among a host's processes too."""
-    M = len(folders)
+def devices_of(count: int, args: argparse.Namespace) -> list[str]:
+    """The devices given, or the GPUs in turn, among a host's processes too."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
-    devices = [f"cuda:{(local * M + m) % gpus}" if gpus else "cpu" for m in range(M)]
+    devices = [f"cuda:{(local * count + m) % gpus}" if gpus else "cpu" for m in range(count)]
     if args.device:
-        devices = args.device * M if len(args.device) == 1 else args.device
-    if len(devices) != M:
+        devices = args.device * count if len(args.device) == 1 else args.device
+    if len(devices) != count:
         raise ValueError(f"--device must name one device or one per member, got {len(devices)}")
-    codecs: list[Any] = [mdlm.load_codec(folder) for folder in folders.values()]
     for device in devices:
         train_toy.check_device(device)
-    # Members with equal vocabularies share a codec, so that trajectories cross as plain ids.
-    keys = [codec.key for codec in codecs]
-    members = []
-    for (name, folder), key, device in zip(folders.items(), keys, devices):
-        codec = codecs[keys.index(key)]
-        model, _ = mdlm.load(folder, device, args.dtype and getattr(torch, args.dtype))
-        members.append(tie.Member(model, codec.mask_id, codec.eos_id, name, codec))
-    return members
+    return devices
 
 
-def decode_benchmark(
-    task: str, members: list[Any], questions: list[Question], config: tie.Config, args: Any
-) -> list[dict]:
-    """One batch, each question in the members' own chat templates and vocabularies."""
-    benchmark = BENCHMARKS[task]
-    canvases = []
-    for member in members:
-        codec = member.codec
+@dataclass(frozen=True)
+class Setup:
+    """What it takes to decode a benchmark."""
+
+    task: str
+    members: list[Any]
+    codecs: dict[str, Any]  # each member's own, with its chat template
+    config: tie.Config
+    args: argparse.Namespace
+
+    @classmethod
+    def load(cls, task: str, folders: dict[str, Path], config: tie.Config, args: Any) -> Setup:
+        devices = devices_of(len(folders), args)
+        codecs = {name: mdlm.load_codec(folder) for name, folder in folders.items()}
+        shared: dict[tuple, Any] = {}  # equal vocabularies, so trajectories cross as plain ids
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        members = []
+        for (name, folder), device in zip(folders.items(), devices):
+            codec = shared.setdefault(codecs[name].key, codecs[name])
+            model, _ = mdlm.load(folder, device, dtype)
+            members.append(tie.Member(model, codec.mask_id, codec.eos_id, name, codec))
+        return cls(task, members, codecs, config, args)
+
+    def canvas(self, member: Any, questions: list[Question]) -> tie.Canvas:
+        """Questions in the member's own chat template, with the benchmark's lengths."""
+        benchmark = BENCHMARKS[self.task]
+        codec = self.codecs[member.name]
         suffix = codec.encode(benchmark.suffix)
-        canvas = tie.Canvas.blank(
+        return tie.Canvas.blank(
             [codec.encode_prompt(question.prompt) for question in questions],
             suffix,
             benchmark.length - len(suffix) - benchmark.answer_length,
@@ -1037,18 +1047,22 @@ def decode_benchmark(
             pad_id=codec.pad_id,
             device=member.denoise.embed.weight.device,
         )
-        canvases.append(canvas)
-    if args.cache:
-        members = [replace(m, denoise=mdlm.Cached(m.denoise, args.cache)) for m in members]
 
-    def text(m: int, ids: list[int]) -> str:
-        until_eos = list(takewhile(lambda i: i not in members[m].eos_ids, ids))
-        return members[m].codec.decode(until_eos).decode(errors="replace")
+    def decode(self, questions: list[Question]) -> list[dict]:
+        """The records of one batch."""
+        members = self.members
+        canvases = [self.canvas(member, questions) for member in members]
+        if self.args.cache:
+            members = [replace(m, denoise=mdlm.Cached(m.denoise, self.args.cache)) for m in members]
 
-    def grade(question: Question, answer: str) -> tuple[str, bool]:
-        return benchmarks.grade(task, question, answer, args.run_code)
+        def text(m: int, ids: list[int]) -> str:
+            until_eos = list(takewhile(lambda i: i not in members[m].eos_ids, ids))
+            return members[m].codec.decode(until_eos).decode(errors="replace")
 
-    return decode(members, canvases, config, questions, text, grade)
+        def grade(question: Question, answer: str) -> tuple[str, bool]:
+            return benchmarks.grade(self.task, question, answer, self.args.run_code)
+
+        return decode(members, canvases, self.config, questions, text, grade)
 
 
 class Records:
@@ -1109,12 +1123,14 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
     }
     out = args.out or Path("results", task)
     keep_settings(out, settings)
-    members = load_members(folders, args)
+    setup = Setup.load(task, folders, config, args)
     ensemble = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    methods = {f"member {m.name}": [m] for m in members} if args.single else {ensemble: members}
+    methods = {ensemble: setup}
+    if args.single:
+        methods = {f"member {m.name}": replace(setup, members=[m]) for m in setup.members}
     found = {}
-    for method, group in methods.items():
-        found[method] = decode_share(task, group, questions, config, args, Records(out, method))
+    for method, own in methods.items():
+        found[method] = decode_share(own, questions, Records(out, method))
     missing = sum(question.id not in own for question in questions for own in found.values())
     if missing:
         print(f"{missing} questions are left to other processes", file=sys.stderr)
@@ -1128,25 +1144,18 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
     write(out / "summary.json", json.dumps(summary, indent=1))
 
 
-def decode_share(
-    task: str,
-    members: list[Any],
-    questions: list[Question],
-    config: tie.Config,
-    args: argparse.Namespace,
-    records: Records,
-) -> dict[str, dict]:
+def decode_share(setup: Setup, questions: list[Question], records: Records) -> dict[str, dict]:
     """Decode this process's share of what has no record yet. Returns the records of all processes,
     by question: the last one to finish finds them complete."""
     done = records.read()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = questions[records.rank :: world]
     todo = [question for question in share if question.id not in done]
-    size = args.batch_size or 8
+    size = setup.args.batch_size or 8
     with tqdm(total=len(todo), desc=records.method, unit="question", disable=None) as bar:
         for i in range(0, len(todo), size):
             batch = todo[i : i + size]
-            records.add(decode_benchmark(task, members, batch, config, args))
+            records.add(setup.decode(batch))
             bar.update(len(batch))
     return records.read()
 

@@ -158,18 +158,16 @@ class Block(nn.Module):
         k = rotate(self.k_norm(k), cos, sin)
         v = rearrange(self.v(y), "b n (g e) -> b g n e", g=self.kv_heads)
         if slot is not None:
-            keys, values, at = slot
-            index = at[:, None, :, None].expand_as(k)  # (B, G, N, E)
+            keys, values, written = slot
+            index = written[:, None, :, None].expand_as(k)  # (B, G, N, E)
             k = keys.scatter_(2, index, k)  # (B, G, L, E)
             v = values.scatter_(2, index, v)
         if self.kv_heads < self.heads:
             k = repeat(k, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads)
             v = repeat(v, "b g l e -> b (g r) l e", r=self.heads // self.kv_heads)
         if chosen is not None:
-            index = chosen[:, :, None]
-            x, y, cos, sin = (
-                z.take_along_dim(index, 1) for z in (x, y, cos, sin)
-            )  # (B, K, D or E)
+            at = chosen[:, :, None]
+            x, y, cos, sin = (z.take_along_dim(at, 1) for z in (x, y, cos, sin))  # (B, K, D or E)
         q = rearrange(self.q(y), "b k (h e) -> b h k e", h=self.heads)
         q = rotate(self.q_norm(q), cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)  # (B, H, K, E)
@@ -185,9 +183,8 @@ class MDLM(nn.Module):
         super().__init__()
         self.config = config
         weight = torch.empty(config.vocab_size, config.width)
-        if (
-            not weight.is_meta
-        ):  # where `load` builds the model; normal_ would spend a second on imports
+        # `load` builds the model on the meta device, where normal_ spends a second on imports.
+        if not weight.is_meta:
             weight.normal_()
         self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -208,6 +205,7 @@ class MDLM(nn.Module):
         return self.logits(tokens, self.layout(tokens, attention_mask), chosen)
 
     def layout(self, tokens: Tensor, attention_mask: Tensor | None) -> Layout:
+        """What all layers need to know about the positions of tokens (B, L)."""
         c = self.config
         if tokens.shape[1] > c.max_length:
             raise ValueError(
@@ -319,6 +317,7 @@ class Cached:
         return needed, count
 
     def _start(self, tokens: Tensor) -> None:
+        """Begin a batch with an empty cache."""
         c = self.model.config
         shape = (len(tokens), c.kv_heads, tokens.shape[1], c.E)
         zeros = self.model.embed.weight.new_zeros

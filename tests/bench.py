@@ -103,8 +103,8 @@ def forwards(members, canvases, config):
 
         return replace(member, denoise=denoise)
 
-    relays = len(tie.ensemble(map(recorded, members), canvases, config).leaders)
-    return calls, relays
+    result = tie.ensemble([recorded(member) for member in members], canvases, config)
+    return calls, len(result.leaders)
 
 
 def run_all(jobs):

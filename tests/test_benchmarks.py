@@ -4,8 +4,8 @@ import csv
 import gzip
 import json
 import os
+import platform
 import pwd
-import resource
 import shutil
 import signal
 import socket
@@ -73,7 +73,7 @@ SAMPLES = {  # task -> file name, rows, right answers, a wrong answer, a part of
     "gsm8k": ("t.jsonl", [GSM, {"question": "P?", "answer": "#### -10"}], ["$2,125.00", "-10."], "9", "Q\u2028?"),
     "math500": ("t.jsonl", [MATH], ["\\boxed{\\dfrac{14}{3}}"], "4.67", "P"),
     "humaneval": ("HumanEval.jsonl", [HUMANEVAL], ["def total(x):\n    return sum(x)"], "def total(x):\n    return 3", HUMANEVAL["prompt"]),
-    "mbpp": ("mbpp.json", MBPP, ["def halve(x):\n  return floor(x / 2)"] * 3, "def halve(x):\n    return 2.5", "assert halve(5) == 2"),
+    "mbpp": ("mbpp.json", MBPP, [" def halve(x):\n  return floor(x / 2)\nx = 1", "  def halve(x):\n    return x // 2", "```python\ndef halve(x): return x // 2"], "def halve(x):\n    return 2.5", "assert halve(5) == 2"),
     "countdown": ("cd3.jsonl", [CD3, {"input": "30,100,93", "output": "23"}, {"nums": [2, 2, 3], "target": 12}],
                   ["79-(44-15)", "30 - (100 - 93) = 23", "\\(2 \\times 2 \\times 3\\)"], "50", "50 from the numbers 15, 44, 79."),
 }  # fmt: skip
@@ -104,7 +104,6 @@ def test_gold_answers_are_right_and_wrong_ones_wrong(task, tmp_path):
         assert grade(task, question, answer + tail, run_code)[1]
         assert not grade(task, question, wrong + tail, run_code)[1]
         assert not grade(task, question, "", run_code)[1]
-        assert not isinstance(question.gold, str) or grade(task, question, question.gold)[1]
         assert ("Answer: " in question.prompt) != code == ("no explanation" in question.prompt)
     assert shown in questions[0].prompt
 
@@ -137,21 +136,21 @@ def refusal(task, path, row):
 
 @pytest.mark.parametrize("task, good, bad", [
     *[("gsm8k", GSM, bad) for bad in (["text"], None, MATH, {"question": "Q"}, {**GSM, "answer": "no mark"})],
-    ("math500", MATH, GSM), ("math500", MATH, MATH),
+    ("math500", MATH, MATH),
     ("arc-challenge", ARC[0], {**ARC[1], "answerKey": "D"}),
-    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}), ("winogrande", WINO, {**WINO, "qID": "v", "answer": ""}),
+    ("winogrande", WINO, {**WINO, "qID": "v", "answer": "0"}),
     ("humaneval", HUMANEVAL, {"task_id": "x"}),
     ("mbpp", MBPP[0], MBPP[0]), ("mbpp", MBPP[0], {**MBPP[1], "test_list": None}),
-    ("countdown", CD3, GSM), ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
+    ("countdown", CD3, {"input": "1,b,3", "output": "x"}),
 ])  # fmt: skip
 def test_a_row_of_another_kind_is_one_clear_line(task, good, bad, tmp_path):
     refusal(task, write(tmp_path, "rows.jsonl", [good, bad]), 2)
 
 
 @pytest.mark.parametrize("name, content, row", [
-    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("gsm8k.csv", b"a,b,c\n", 1), ("mbpp.json", b'[{"prompt', 1),
+    ("gsm8k.jsonl", b"\x80\x04\xff\x00", 1), ("mbpp.json", b'[{"prompt', 1),
     ("gsm8k.jsonl", json.dumps(GSM).encode() + b"\n" + b'{"question": "Q', 2), ("mmlu.jsonl", json.dumps(GSM).encode(), 1),
-    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,E", 1), ("mmlu.csv", b"q,a,b,c,d,", 1),
+    ("mmlu.csv", b'q,a,b,c,d,A\n"q,a,b,c', 2), ("mmlu.csv", b"q,a,b,c,d,", 1),
 ])  # fmt: skip
 def test_a_malformed_file_is_one_clear_line(name, content, row, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -171,10 +170,9 @@ def test_settings_are_the_papers():
     lengths = {"gsm8k": 256, "countdown": 256, "math500": 512, "humaneval": 512, "mbpp": 512}
     for task, benchmark in BENCHMARKS.items():
         assert benchmark.length == lengths.get(task, 128) > benchmark.answer_length
-        mathematics = task in ("gsm8k", "math500")
-        assert benchmark.interval("token_change_count") == (16 if mathematics else 32)
+        short = task in ("gsm8k", "math500")
+        assert benchmark.interval("token_change_count") == (16 if short else 32)
         assert benchmark.interval("top1_probability") == 16
-        assert benchmark.answer_window == (8 if task in ("humaneval", "mbpp") else None)
         assert len(benchmark.table_3) == 7 and len(benchmark.table_4) in (0, 4)
     assert BENCHMARKS["gsm8k"].table_3[3] == 83.47  # TIE with token change count
 
@@ -190,24 +188,23 @@ $$ ¦ @
 
 We check: 1 + 1 = 2."""
 MATRIX = r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}"
-GOLDS = [r"\frac{14}{3}", r"3\sqrt{13}", "(6,31,-1)", "(3,4]", "x^3+3x-6", "p - q", r"\text{Evelyn}", r"\$36", "-2", MATRIX]  # fmt: skip
+GOLDS = {
+    "math500": [r"\frac{14}{3}", r"3\sqrt{13}", "(6,31,-1)", "(3,4]", "x^3+3x-6", "p - q", r"\text{Evelyn}", r"\$36", "-2", MATRIX],
+    "gsm8k": ["1250", "-10", "3.5"],
+    "mmlu": [*"ABCDE"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dress", DRESSES.split("¦"))
 def test_an_answer_in_any_dress(dress):
     dress = dress.strip()
-    for gold, other in zip(GOLDS, GOLDS[1:] + GOLDS[:1]):
-        assert right("math500", gold, dress.replace("@", gold))
-        assert not right("math500", other, dress.replace("@", gold))
-    for answer in ("1,250", "-10", "3.5"):
-        value = float(answer.replace(",", ""))
-        assert right("gsm8k", str(value), dress.replace("@", answer))
-        assert not right("gsm8k", str(value + 1), dress.replace("@", answer))
-    for answer in ("B", "(B)", "B) iron"):
-        assert grade("mmlu", Question("x", "", "B"), dress.replace("@", answer)) == ("B", True)
-    gold = {"numbers": [8, 3, 2], "target": 22}
-    assert right("countdown", gold, dress.replace("@", "8 * 3 - 2"))
-    assert not right("countdown", {**gold, "target": 8}, dress.replace("@", "8 * 3 - 2"))
+    for task, golds in GOLDS.items():
+        for gold, other in zip(golds, golds[1:] + golds[:1]):
+            text = dress.replace("@", gold)
+            assert right(task, gold, text) and not right(task, other, text)
+    numbers = {"numbers": [8, 3, 2], "target": 22}
+    assert right("countdown", numbers, dress.replace("@", "8 * 3 - 2"))
+    assert not right("countdown", numbers, dress.replace("@", "8 * 3"))
 
 
 KINDS = [  # task, gold, texts that say it, texts that don't
@@ -230,12 +227,12 @@ KINDS = [  # task, gold, texts that say it, texts that don't
     ("math500", ".0000672", r"6.72 \times 10^{-5} ¦ 6.72*10^-5 ¦ 6.72 × 10⁻⁵", ".00007 ¦ .0000673"),
     ("math500", "52_8", "52_{8} ¦ 52₈ ¦ 52", "52_9 ¦ 25_8"),
     ("math500", r"28\%", r"28% ¦ 28 percent ¦ 28 ¦ 28\text{ percent}", "82% ¦ 2.8"),
-    ("gsm8k", "18", r"\$18.00 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
+    ("gsm8k", "18", r"\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
      r"18/5 ¦ \frac{18}{5} ¦ 18 million ¦ 2^{18} ¦ 18½ ¦ -18 ¦ –18 ¦ 18 000 ¦ 18:2 ¦ 18 = 9 ¦ \sqrt{18} ¦ \boxed{}"),
     ("gsm8k", "1250", "1,250 ¦ 1 250 ¦ 1\u2009250 ¦ 1\\,250 ¦ 1{,}250 ¦ 1'250 ¦ 1.25 thousand ¦ 1.25 × 10^3", "1 ¦ 250 ¦ 125"),
     ("gsm8k", "1.5", r"3/2 ¦ 1½ ¦ 1 1/2 hours ¦ 1\frac12 ¦ \frac{3}{2} ¦ 1.50", "1 ¦ 3 ¦ 1/2 ¦ 11/2"),
     ("gsm8k", "1500000", r"1.5 million ¦ \$1.5 \text{ million} ¦ 1,500,000.00", "1.5 ¦ 1.5 billion"),
-    ("mmlu", "B", r"""b ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
+    ("mmlu", "B", r"""b ¦ (B) ¦ B) iron ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
      ANSWER IS B. A is wrong. ¦ the answer is (b) ¦ Option B: iron ¦ Antwort: B ¦ \boxed{A = \pi r^2} Answer: B ¦ I think it's B""",
      "A car ¦ Don't know ¦ Vitamin B ¦ A = B + 1 ¦ A and B ¦ It's cold ¦ "),
     ("mmlu", "A", "A ¦ a) a car ¦ (A) Vitamin C ¦ A because B is not ¦ The answer is A.", "A car ¦ the answer is a car ¦ None of the above"),
@@ -330,12 +327,10 @@ def test_no_text_breaks_the_graders(text):
 )
 def test_answers_that_hang_or_exhaust_memory_are_wrong(text):
     start = time.monotonic()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     assert not math_equal(text, "5")
     assert not right("countdown", NINES, text)
     assert math_equal("x + 1", "1 + x")
     assert time.monotonic() - start < 60  # far above the limit of 5 seconds
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
 def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
@@ -439,12 +434,11 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-@pytest.mark.parametrize("asked", [None, False, True, "yes"])
-def test_code_runs_only_where_it_is_asked_for(asked, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [None, True])
+def test_code_runs_only_where_it_is_asked_for(asked, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_code", lambda *sources, **_: pytest.fail("code was run"))
-    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
     with pytest.raises(ValueError, match="--run-code"):
-        grade("humaneval", question, "def total(x): return sum(x)", asked)
+        grade("humaneval", Question("x", "", HUMANEVAL), "def total(x): return sum(x)", asked)
 
 
 def test_without_bubblewrap_it_says_what_to_install(tmp_path, monkeypatch):
@@ -471,17 +465,8 @@ WHOLE = f"def total(x):\n    {BODY}\n\ndef other(): pass"
     "from __future__ import annotations\ndef total(x: Later) -> int:\n    return sum(x)\nclass Later: pass",
 ])  # fmt: skip
 @pytest.mark.parametrize("how", [pytest.param("confined", marks=needs_bwrap), "unconfined"])
-def test_humaneval_takes_whole_functions_and_continuations(answer, how, tmp_path):
-    question = load("humaneval", write(tmp_path, "h.jsonl", [HUMANEVAL]))[0]
-    assert grade("humaneval", question, answer + "\n```", how)[1]
-
-
-@pytest.mark.parametrize("code", [
-    " def halve(x):\n  return floor(x / 2)\nx = 1", "    def halve(x):\n        return floor(x / 2)", "```python\n def halve(x): return x // 2",
-])  # fmt: skip
-def test_mbpp_takes_other_indentation(code, tmp_path):
-    question = load("mbpp", write(tmp_path, "m.json", MBPP))[0]
-    assert grade("mbpp", question, code, "unconfined" if missing() else "confined")[1]
+def test_humaneval_takes_whole_functions_and_continuations(answer, how):
+    assert grade("humaneval", Question("x", "", HUMANEVAL), answer + "\n```", how)[1]
 
 
 ORDINARY = {
@@ -495,6 +480,7 @@ ORDINARY = {
     "standard library": "import decimal, collections.abc, heapq, json, math, random, re, string, hashlib, statistics",
     "numpy": "import numpy\nassert numpy.ones(3).sum() == 3",
     "output": "print('x' * 10 ** 5)",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nassert sum(ThreadPoolExecutor(8).map(abs, [-1] * 99)) == 99",
 }  # fmt: skip
 
 
@@ -507,13 +493,12 @@ def test_ordinary_programs_run(name, confined):
 
 FAILURES = {
     "endless loop": "while True: pass", "sleep": "import time; time.sleep(60)", "os._exit": "import os; os._exit(0)",
-    "sys.exit": "import sys; sys.exit(0)", "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
+    "SystemExit": "raise SystemExit", "stdin": "input()", "syntax": "def f(",
     "kill itself": "import os; os.kill(os.getpid(), 9)", "memory bomb": "x = bytearray(10 ** 10)",
     "growing memory": "x = []\nwhile True: x.append(bytearray(10 ** 7))", "NUL": "\0", "surrogate": "x = '\ud800'",
     "huge file": "f = open('x', 'wb')\nwhile True: f.write(bytes(10 ** 6)); f.flush()",
     "flood": "while True: print('x' * 10 ** 5)", "flood of errors": "import os\nwhile True: os.write(2, b'x' * 10 ** 5)",
-    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)", "unclosed string": "x = '''",
-    "swallowed": "import sys\nsys.settrace(None)\nraise KeyboardInterrupt",
+    "recursion": "def f(): f()\nf()", "closed": "import os; os.closerange(0, 64)",
     "nested folders": "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')\nassert False",
     "junk on every pipe": "import os\nfor fd in range(1, 64):\n"
     "    try: os.write(fd, b'0' * 32)\n    except OSError: pass\nos._exit(0)",
@@ -539,7 +524,7 @@ def test_mischief_fails_and_harms_nothing(name, confined, tmp_path, monkeypatch)
 
 REFUSED = {  # what a confined program asserts about its place; {names} are filled in by the test
     "network": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\nelse: assert False",
-    "interfaces": "import socket\nassert [name for _, name in socket.if_nameindex()] in (['lo'], [])",
+    "interfaces": "import os\nassert set(os.listdir('/sys/class/net') if os.path.exists('/sys') else []) <= {{'lo'}}",
     "files outside": "import os\nassert not os.path.exists({file!r}) and not os.path.exists({root!r} + '/eval.py')\n"
     "assert not os.path.exists('/etc/passwd') and not os.path.exists('/home')",
     "its environment": "import os\nassert {{*os.environ}} <= {{'PWD', 'LC_CTYPE', 'OPENBLAS_NUM_THREADS'}}",
@@ -557,8 +542,14 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
     "except OSError as e: assert e.errno == errno.ENOSPC\nelse: assert False",
     "fork": "import os\ntry: os.fork()\nexcept OSError: pass\nelse: assert False",
     "fork below Python": "import ctypes\nassert ctypes.CDLL(None).fork() == -1",
-    "threads": "import threading\ntry: threading.Thread(target=print).start()\nexcept RuntimeError: pass\nelse: assert False",
     "subprocess": "import subprocess\ntry: subprocess.run(['true'])\nexcept OSError: pass\nelse: assert False",
+    "kernel": "import ctypes, errno, platform\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+    "keyctl = 250 if platform.machine() == 'x86_64' else 219\n"
+    "for call in (('shmget', 0, 9, 896), ('msgget', 0, 896), ('semget', 0, 1, 896), ('unshare', 1 << 28), ('setns', 0, 0),\n"
+    "             ('ptrace', 0), ('syscall', keyctl, 0, -3, 0), ('syscall', 425, 1, 0)):\n"
+    "    assert (getattr(libc, call[0])(*call[1:]), ctypes.get_errno()) == (-1, errno.EPERM), call",
+    "sockets": "import socket\nsocket.socket(), socket.socketpair()\nfor family in (10, 16, 17, 38, 40):\n"
+    "    try: socket.socket(family, socket.SOCK_DGRAM)\n    except PermissionError: pass\n    else: assert False",
     "memory": "try: bytearray(1 << 29)\nexcept MemoryError: pass\nelse: assert False",
     "the token": "import sys, re, gc\nframe, seen = sys._getframe(), ''\n"
     "while frame: seen += repr((frame.f_locals, frame.f_globals)); frame = frame.f_back\n"
@@ -571,22 +562,18 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
 def test_a_confined_program_reaches_nothing(name, tmp_path, monkeypatch):
     """It runs through to its end, so everything that it asserts about its place is so."""
     monkeypatch.setenv("TIE_SECRET", "x")
-    (tmp_path / "file").write_text("x")
+    file = tmp_path / "file"
+    file.write_text("x")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        places = {
-            "port": server.getsockname()[1],
-            "file": str(tmp_path / "file"),
-            "root": str(ROOT),
-        }
-        source = REFUSED[name].format(pid=os.getpid(), **places)
+        port = server.getsockname()[1]
+        source = REFUSED[name].format(pid=os.getpid(), port=port, file=str(file), root=str(ROOT))
         assert run_code(source, "pass", timeout=20, memory=1 << 28)
 
 
-@pytest.mark.parametrize("confined", CONFINED)
-def test_memory_is_limited(confined):
-    source = "x = bytearray(1 << 28)"
-    assert run_code(source, timeout=20, memory=1 << 30, confined=confined)
-    assert not run_code(source, timeout=20, memory=1 << 28, confined=confined)
+@pytest.mark.skipif(platform.machine() not in benchmarks.MACHINES, reason="no filter here")
+@pytest.mark.parametrize("name", ["fork", "fork below Python", "kernel", "sockets", "the token"])
+def test_what_an_unconfined_program_cannot_do_either(name):
+    assert run_code(REFUSED[name].format(), timeout=20, confined=False)
 
 
 @needs_bwrap

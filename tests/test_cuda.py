@@ -23,7 +23,7 @@ SETTINGS = [
     {"top_k": 2},
     {"threshold": 0.3},
     {"answer_window": 2},
-    {"commit": lambda reading: reading.confidence > 0.2},
+    {"commit": lambda reading: reading.entropy < 1.5},
 ]
 
 
@@ -45,7 +45,8 @@ def canvas_on(device):
 
 def decoded(devices, settings, refresh):
     config = tie.Config(**{"interval": 3, "block_size": 4} | settings)
-    return tie.ensemble(members_on(devices, refresh), map(canvas_on, devices), config)
+    canvases = [canvas_on(device) for device in devices]
+    return tie.ensemble([*members_on(devices, refresh)], canvases, config)
 
 
 def assert_same(result, expected):

@@ -480,7 +480,8 @@ def test_the_defaults_are_the_papers_and_a_canvas_is_padded_on_the_left():
     assert Config() == Config(16, 16, "token_change_count", True, True, 1)
     assert Config(threshold=1).threshold == 1
     assert str(Member(None, 0, 1)) == "a member"
-    canvas = Canvas.blank([(3, 4, 5), [6]], (7,), 2, 1, mask_id=0, pad_id=9)
+    with torch.device("meta"):
+        canvas = Canvas.blank([(3, 4, 5), [6]], (7,), 2, 1, mask_id=0, pad_id=9, device="cpu")
     assert canvas.tokens.tolist() == [[3, 4, 5, 0, 0, 7, 0], [9, 9, 6, 0, 0, 7, 0]]
     assert canvas.attention_mask.tolist() == [[True] * 7, [False] * 2 + [True] * 5]
     assert Canvas.blank([[3], [4]], [], 2, 1, mask_id=0, pad_id=9).attention_mask is None
