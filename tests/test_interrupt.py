@@ -42,10 +42,8 @@ def test_interrupted_or_killed_it_ends_at_once_and_resumes(tmp_path, monkeypatch
         )
         while process.poll() is None and len([*decoded.glob("*.json")]) == len(before):
             time.sleep(0.01)
-        if sent == signal.SIGINT:
-            os.killpg(process.pid, sent)  # a terminal sends it to all processes of a command
-        else:
-            process.send_signal(sent)
+        # A terminal sends Ctrl-C to all processes of a command.
+        os.kill(-process.pid if sent == signal.SIGINT else process.pid, sent)
         out, err = process.communicate(timeout=120)  # until the last process has closed the pipes
         assert out == ""
         if sent == signal.SIGINT:
