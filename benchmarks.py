@@ -95,7 +95,6 @@ NOTATION = (
     (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),  # 1 1/2
     (r"\\(?:mathrm|text|mathit|rm|operatorname)\s*\{\s*([ei])\s*\}", r" \1 "),
     (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),  # alone, for math-verify to see that it is imaginary
-    (r"(?<!\\)%|(?<=\d)\s*percent(?:age)?", r"\\%"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?thousand\}?", "*10^{3}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?million\}?", "*10^{6}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?billion\}?", "*10^{9}"),
