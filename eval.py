@@ -975,8 +975,13 @@ def member_folder(given: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "~")):
         raise ValueError(f"--members: {given} is neither a folder nor a Hub name like org/name")
     try:
-        files = {"allow_patterns": MEMBER_FILES, "ignore_patterns": ["*/*"]}
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **files))
+        path = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=MEMBER_FILES,
+            ignore_patterns=["*/*"],  # of subfolders
+        )
+        return Path(path)
     except Exception as error:  # noqa: BLE001, the Hub's HTTP library has errors of its own
         reason = f"{type(error).__name__}: {error}"[:300]
         raise ValueError(f"--members: cannot download {given} from the Hub: {reason}") from None
