@@ -1076,10 +1076,10 @@ class Records:
         self.rank = int(os.environ.get("RANK", "0"))
         self.out = out
         self.method = method.replace(" ", "-")
-        self.path = out / f"{self.method}.{self.rank}.jsonl"
-        if self.path.exists():
-            with self.path.open("r+b") as file:  # drop a line that was cut short
-                file.truncate(file.read().rfind(b"\n") + 1)
+        self.file = (out / f"{self.method}.{self.rank}.jsonl").open("a+b")
+        lock(self.file)
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that was cut short
 
     def read(self) -> dict[str, dict]:
         lines = []
@@ -1088,14 +1088,27 @@ class Records:
         return {record["id"]: record for record in map(json.loads, lines)}
 
     def add(self, records: list[dict]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self.file.flush()
+
+
+def lock(file: Any) -> None:
+    """Two commands that write to one file would decode everything twice."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"{file.name} is in use by another command: wait, or choose another --out"
+        raise ValueError(message) from None
 
 
 def keep_settings(out: Path, settings: dict) -> None:
     """Write settings.json, or refuse a folder that holds results of other settings."""
     path = out / "settings.json"
-    if any(out.glob("*.jsonl")):
+    if any(file.stat().st_size for file in out.glob("*.jsonl")):
         kept = json.loads(path.read_text())["settings"]
         differ = ", ".join(name for name in settings if settings[name] != kept.get(name))
         if differ:
@@ -1128,14 +1141,15 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
     }
     out = args.out or Path("results", task)
     keep_settings(out, settings)
-    setup = Setup.load(task, folders, config, args)
     ensemble = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    methods = {ensemble: setup}
-    if args.single:
-        methods = {f"member {m.name}": replace(setup, members=[m]) for m in setup.members}
+    methods = [f"member {name}" for name in folders] if args.single else [ensemble]
+    records = {method: Records(out, method) for method in methods}
+    setup = Setup.load(task, folders, config, args)
     found = {}
-    for method, own in methods.items():
-        found[method] = decode_share(own, questions, Records(out, method))
+    for m, method in enumerate(methods):
+        members = [setup.members[m]] if args.single else setup.members
+        share = replace(setup, members=members)
+        found[method] = decode_share(share, questions, records[method])
     missing = sum(question.id not in own for question in questions for own in found.values())
     if missing:
         print(f"{missing} records are still missing: other processes work on them", file=sys.stderr)

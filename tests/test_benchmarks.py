@@ -338,6 +338,7 @@ def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
     """The program is read from stdin, which a process of multiprocessing couldn't import again."""
     code = """if True:
         import benchmarks, os, signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         assert benchmarks.math_equal("x", "x")
         try:
             os.killpg(0, signal.SIGINT)
