@@ -227,7 +227,9 @@ KINDS = [  # task, gold, texts that say it, texts that don't
     ("math500", ".0000672", r"6.72 \times 10^{-5} ¦ 6.72*10^-5 ¦ 6.72 × 10⁻⁵", ".00007 ¦ .0000673"),
     ("math500", "52_8", "52_{8} ¦ 52₈ ¦ 52", "52_9 ¦ 25_8"),
     ("math500", r"28\%", r"28% ¦ 28 percent ¦ 28 ¦ 28\text{ percent}", "82% ¦ 2.8"),
-    ("gsm8k", "18", r"\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
+    ("gsm8k", "18", r"""\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 18
+
+Because 16 - 3 = 13. ¦ 9 x 2 ¦ Rs.18""",
      r"18/5 ¦ \frac{18}{5} ¦ 18 million ¦ 2^{18} ¦ 18½ ¦ -18 ¦ –18 ¦ 18 000 ¦ 18:2 ¦ 18 = 9 ¦ \sqrt{18} ¦ \boxed{}"),
     ("gsm8k", "1250", "1,250 ¦ 1 250 ¦ 1\u2009250 ¦ 1\\,250 ¦ 1{,}250 ¦ 1'250 ¦ 1.25 thousand ¦ 1.25 × 10^3", "1 ¦ 250 ¦ 125"),
     ("gsm8k", "1.5", r"3/2 ¦ 1½ ¦ 1 1/2 hours ¦ 1\frac12 ¦ \frac{3}{2} ¦ 1.50", "1 ¦ 3 ¦ 1/2 ¦ 11/2"),
@@ -238,7 +240,7 @@ KINDS = [  # task, gold, texts that say it, texts that don't
     ("mmlu", "A", "A ¦ a) a car ¦ (A) Vitamin C ¦ A because B is not ¦ The answer is A.", "A car ¦ the answer is a car ¦ None of the above"),
     ("countdown", {"numbers": [6, 4, 3, 5], "target": 30},
      r"""(6 - 4) x 3 X 5 ¦ (6-4)∗3•5 ¦ (6 − 4) \* 3 \times 5 = 30. ¦ The expression (6-4)*3*5, which equals 30, is right ¦ [6-4]*3*5 -> 30 ¦
-     EXPRESSION = '(6-4)*3*5' ¦ 30 = (6-4)\cdot3\cdot5 (each number once) ¦ Use \((6-4)*3*5\) here""",
+     EXPRESSION = '(6-4)*3*5' ¦ 30 = (6-4)\cdot3\cdot5 (each number once) ¦ Use \((6-4)*3*5\) here ¦ It is (3*5*(6-4) = 30) ¦ (6-4)*3*5 (so 30)""",
      r"(6-4)*15 ¦ sqrt(6-4)*3*5 ¦ (6-4)*3*5*x ¦ (6-4)*3*5.5 ¦ (6-4)*3*5% ¦ 2(6-4)*3*5 ¦ (6-4)*3*5^2 ¦ (6-4)3*5 ¦ (6-4)*3*5 - 2"),
     ("countdown", {"numbers": [36, 16, 5], "target": 4}, r"\frac{36-16}{5} ¦ \dfrac{(36 - 16)}{5} = 4 ¦ (36-16) ÷ 5", "36-16/5"),
     ("countdown", {"numbers": [1, 81, 1, 0], "target": 81}, "-1+81+1+0 ¦ 81 - (-1 + 1 + 0)", "1 + 80"),
@@ -536,6 +538,7 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
     "kill the parent": "import os\nfor pid in ({pid}, os.getppid()):\n    try: os.kill(pid, 9)\n    except OSError: pass\n"
     "    else: assert False",
     "system": "import os, sys\nfor folder in ('/', '/usr', '/dev', '/etc', sys.prefix, os.path.dirname(os.__file__)):\n"
+    "    assert os.statvfs(folder).f_flag & os.ST_RDONLY, folder\n"
     "    try: open(folder + '/x', 'w')\n    except OSError: pass\n    else: assert False, folder",
     "root": "import os\nassert os.getuid() != 0 or open('/proc/self/uid_map').read().split()[:2] != ['0', '0']",
     "full /tmp": "import errno\ntry:\n    for i in range(100): open(f'/tmp/{{i}}', 'wb').write(bytes(10 ** 6))\n"
