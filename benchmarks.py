@@ -3,7 +3,8 @@
     questions = load("gsm8k", "test.jsonl")
     answer, right = grade("gsm8k", questions[0], text_of_the_answer_region)
 
-Each benchmark is one class: the file it is published in, its prompt, lengths, extraction, grading and the paper's figures.
+Each benchmark is one class: the file it is published in, its prompt, lengths, extraction, grading
+and the paper's figures.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ NOTATION = (
 
 
 def unboxed(text: str) -> str:
-    """Return what the last box has in it, or a list of the last boxes in a row; without a box, the text."""
+    """Return what the last box has in it, or a list of the last boxes in a row; without a box, the
+    text."""
     text = re.sub(r"\\?\b(?:boxed|fbox)\s*\{\s*(?:\}|$)", " ", text[:2000])  # empty ones
     cut_off = "}" * (text.count("{") - text.count("}"))  # by the end of the region
     rows = re.findall(f"{BOX}(?:{LINK}{BOX})*", text + cut_off)
@@ -113,7 +115,8 @@ def unboxed(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Return an answer's sentences and lines, bare of boxes, Markdown and "The answer is", with formulas in \\( \\)."""
+    """Return an answer's sentences and lines, bare of boxes, Markdown and "The answer is", with
+    formulas in \\( \\)."""
     text = unboxed(text)
     for pattern, new in DRESSING:
         text = re.sub(pattern, new, text, flags=re.DOTALL)
@@ -147,7 +150,8 @@ def formula(text: str) -> str:
 
 
 def math_equal(answer: str, gold: str) -> bool:
-    """Return whether two answers, plain or LaTeX, are equal: exactly as decimals, otherwise by math-verify.
+    """Return whether two answers, plain or LaTeX, are equal: exactly as decimals, otherwise by
+    math-verify.
 
     math-verify takes values, tuples, intervals, matrices and sets, and compares to 6 digits. An answer that is empty, longer
     than 1,000 characters, or takes over 5 seconds or 2 GiB is wrong. ValueError if math-verify doesn't start.
@@ -173,7 +177,8 @@ def math_equal(answer: str, gold: str) -> bool:
 
 @functools.cache
 def _grader() -> Any:
-    """Start this file as a process of its own: an answer like 9^{9^{9^9}} hangs or exhausts memory there, not here."""
+    """Start this file as a process of its own: an answer like 9^{9^{9^9}} hangs or exhausts memory
+    there, not here."""
     pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
     if process.stdout.readline() != "ready\n":
@@ -211,9 +216,10 @@ def _grade_from_stdin() -> None:
 # --- running code: only on request, and confined -------------------------------------------------
 
 PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
-# Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose files are in the
-# working directory, and writes the token last. No variable that the sources can reach by name holds the token.
-# As in HumanEval's own harness, the module isn't `__main__`, so `if __name__ == "__main__"` blocks don't run.
+# Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose
+# files are in the working directory, and writes the token last. No variable that the sources can
+# reach by name holds the token. As in HumanEval's own harness, the module isn't `__main__`, so what a
+# program does under `if __name__ == "__main__"` isn't run.
 RUNNER = r"""
 import contextlib, ctypes, functools, json, os, resource, struct, sys, types
 def prepare():
@@ -244,8 +250,9 @@ for action in prepare():
     action()
 """
 
-# What bubblewrap leaves open: keys of the caller's session, memory that RLIMIT_AS doesn't count, other parts of the
-# kernel, and new processes (but not threads). The numbers are those of x86-64 and of 64-bit ARM, which has no fork.
+# What bubblewrap leaves open: keys of the caller's session, memory that RLIMIT_AS doesn't count,
+# other parts of the kernel, and new processes (but not threads). The numbers are those of x86-64
+# and of 64-bit ARM, which has no fork.
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 SYSTEM_CALLS = """
     add_key 248 217, request_key 249 218, keyctl 250 219, shmget 29 194, msgget 68 186, semget 64 190, unshare 272 97,
@@ -255,7 +262,8 @@ SYSTEM_CALLS = """
 
 
 def _seccomp() -> bytes:
-    """Return a filter, as classic BPF, that refuses SYSTEM_CALLS except for threads and for sockets of UNIX and INET.
+    """Return a filter, as classic BPF, that refuses SYSTEM_CALLS except for threads and for sockets
+    of UNIX and INET.
 
     It is empty on systems other than Linux on x86-64 and 64-bit ARM.
     """
@@ -282,7 +290,8 @@ def _seccomp() -> bytes:
 def run_code(
     *sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True
 ) -> bool:
-    """Return whether the Python `sources`, run one after the other as one module, all run through to their ends.
+    """Return whether the Python `sources`, run one after the other as one module, all run through
+    to their ends.
 
     They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user: without environment or input,
     with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS) and
@@ -318,8 +327,8 @@ def run_code(
 
 
 def _bubblewrap() -> list[str]:
-    """Return the command that confines a program: its own processes, no network, a small empty /tmp,
-    and read-only access to the system and the interpreter only."""
+    """Return the command that confines a program: its own processes, no network, a small empty
+    /tmp, and read-only access to the system and the interpreter only."""
     bwrap = shutil.which("bwrap")
     if not bwrap:
         raise ValueError(
@@ -384,7 +393,8 @@ class Benchmark:
         return self.tcc_interval if score == "token_change_count" else 16
 
     def parse(self, row: Any) -> tuple[str, Any]:
-        """Return (prompt, gold) of one row in the owners' layout. `load` reports any error as a wrong layout."""
+        """Return (prompt, gold) of one row in the owners' layout. `load` reports any error as a
+        wrong layout."""
         raise NotImplementedError
 
     def extract(self, text: str) -> str:
@@ -395,7 +405,8 @@ class Benchmark:
         return answer == gold
 
 
-# The prompts are our own words after simple-evals and, for Countdown, Wang et al. 2026; those for code are of App. A.3.
+# The prompts are our own words after simple-evals and, for Countdown, Wang et al. 2026; those for
+# code are of App. A.3.
 def _step_by_step(instruction: str, name: str, meaning: str, *question: str) -> str:
     instruction += (
         " Think step by step first, then give your final answer on a last line of the form "
@@ -512,7 +523,8 @@ class GSM8K(Mathematics):
         return _step_by_step(self.instruction, "NUMBER", meaning, row["question"]), str(number)
 
     def extract(self, text):
-        """Return the first number or calculation of the first sentence that has one, after its last "="."""
+        """Return the first number or calculation of the first sentence that has one, after its last
+        "="."""
         lines = [line for line in sentences(text) if re.search(r"[\d¼-¾⅐-⅞]", line)]
         line = re.sub(r"^\s*[-*•]\s+", "", "".join(lines[:1]))  # the mark of a list
         line = latex(re.split(r"=|≈|\\approx", line)[-1])
@@ -544,11 +556,13 @@ class Code(Benchmark):
     runs_code = True
 
     def extract(self, text):
-        """Return the code up to the closing fence; its indentation stays, since it may continue the prompt's function."""
+        """Return the code up to the closing fence; its indentation stays, since it may continue the
+        prompt's function."""
         return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
 
     def shapes(self, code: str) -> list[str]:
-        """Return the code as it is, and with indentation undone that models add to it or to all but the first line."""
+        """Return the code as it is, and with indentation undone that models add to it or to all but
+        the first line."""
         first, _, rest = code.partition("\n")
         flush = first.lstrip()
         return [
@@ -599,7 +613,8 @@ class HumanEval(Code):
 
 
 class MBPP(Code):
-    # The paper's figures are multiples of 1/427: it runs all of sanitized MBPP, not the test split alone.
+    # The paper's figures are multiples of 1/427: it runs all of sanitized MBPP, not the test split
+    # alone.
     data = "sanitized-mbpp.json"
     table_3 = (53.16, 63.23, 62.53, 64.17, 62.06, 62.76, 62.06)
     table_4 = (75.88, 72.60, 76.11, 76.58)
@@ -651,7 +666,8 @@ class Countdown(Benchmark):
         return "\n".join(sentences(text))
 
     def correct(self, answer, gold, confined):
-        """Return whether an expression in the answer has each number once, + - * / only, and the target as its value."""
+        """Return whether an expression in the answer has each number once, + - * / only, and the
+        target as its value."""
         answer = latex(answer)
         for pattern, new in self.PLAIN:
             answer = re.sub(pattern, new, answer)
@@ -663,7 +679,8 @@ class Countdown(Benchmark):
         return False
 
     def value(self, text: str, numbers: list[int]) -> Fraction | None:
-        """Return the exact value of an expression in + - * / with each number once, None of any other."""
+        """Return the exact value of an expression in + - * / with each number once, None of any
+        other."""
         used = map(int, re.findall(r"\d+", text))
         allowed = r"(?:(?!\*\s*\*|/\s*/|\(\s*\))[-+*/() \d])*"
         if sorted(used) != sorted(numbers) or not re.fullmatch(allowed, text):
@@ -688,7 +705,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def load(task: str, path: str | Path) -> list[Question]:
-    """Return the questions of a task, a key of BENCHMARKS, from the owners' file. ValueError names file and row."""
+    """Return the questions of a task, a key of BENCHMARKS, from the owners' file. ValueError names
+    file and row."""
     if task not in BENCHMARKS:
         raise ValueError(f"task must be one of {', '.join(BENCHMARKS)}, got {task!r}")
     benchmark = BENCHMARKS[task]
