@@ -153,8 +153,9 @@ def math_equal(answer: str, gold: str) -> bool:
     """Return whether two answers, plain or LaTeX, are equal: exactly as decimals, otherwise by
     math-verify.
 
-    math-verify takes values, tuples, intervals, matrices and sets, and compares to 6 digits. An answer that is empty, longer
-    than 1,000 characters, or takes over 5 seconds or 2 GiB is wrong. ValueError if math-verify doesn't start.
+    math-verify takes values, tuples, intervals, matrices and sets, and compares to 6 digits. An
+    answer that is empty, longer than 1,000 characters, or takes over 5 seconds or 2 GiB is wrong.
+    ValueError if math-verify doesn't start.
     """
     pair = [formula(gold), formula(answer)]
     if not 0 < len(pair[1]) <= 1000:
@@ -218,8 +219,8 @@ def _grade_from_stdin() -> None:
 PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 # Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose
 # files are in the working directory, and writes the token last. No variable that the sources can
-# reach by name holds the token. As in HumanEval's own harness, the module isn't `__main__`, so what a
-# program does under `if __name__ == "__main__"` isn't run.
+# reach by name holds the token. As in HumanEval's own harness, the module isn't `__main__`, so what
+# a program does under `if __name__ == "__main__"` isn't run.
 RUNNER = r"""
 import contextlib, ctypes, functools, json, os, resource, struct, sys, types
 def prepare():
@@ -293,12 +294,14 @@ def run_code(
     """Return whether the Python `sources`, run one after the other as one module, all run through
     to their ends.
 
-    They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user: without environment or input,
-    with their output discarded, and within limits of wall-clock and CPU time (seconds), memory (bytes; not on macOS) and
-    size of files. They can start threads, but no processes, and a seccomp filter refuses SYSTEM_CALLS. Without one, on
-    macOS or another processor, those stay open to them, and only the limit on processes, which doesn't hold for root
-    unconfined, stops both threads and processes. Success is a random token written last, so leaving early is failure; but a
-    program made to cheat can find the token in its interpreter. ValueError without bubblewrap.
+    They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user:
+    without environment or input, with their output discarded, and within limits of wall-clock and
+    CPU time (seconds), memory (bytes; not on macOS) and size of files. They can start threads, but
+    no processes, and a seccomp filter refuses SYSTEM_CALLS. Without one, on macOS or another
+    processor, those stay open to them, and only the limit on processes, which doesn't hold for root
+    unconfined, stops both threads and processes. Success is a random token written last, so leaving
+    early is failure; but a program made to cheat can find the token in its interpreter. ValueError
+    without bubblewrap.
     """
     token = secrets.token_hex(16)
     rules = _seccomp().hex()
@@ -756,7 +759,8 @@ def grade(
 ) -> tuple[str, bool]:
     """Return (answer, whether it is right) of the text of an answer region up to EOS.
 
-    Code is run only where `run_code` is "confined" (in bubblewrap) or "unconfined". ValueError if a task needs it.
+    Code is run only where `run_code` is "confined" (in bubblewrap) or "unconfined". ValueError if a
+    task needs it.
     """
     benchmark = BENCHMARKS[task]
     if benchmark.runs_code:
