@@ -1,4 +1,4 @@
-"""The paper's nine benchmarks: their questions, prompts, settings and grading. Needs neither torch nor a model.
+"""The paper's nine benchmarks: questions, prompts, settings, grading. Needs no torch, no model.
 
     questions = load("gsm8k", "test.jsonl")
     answer, right = grade("gsm8k", questions[0], text_of_the_answer_region)
@@ -36,7 +36,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-# --- the text of an answer: its dressing is taken off, then it is rewritten into LaTeX -----------
+# --- the text of an answer: strip the formatting, then rewrite it into LaTeX ---------------------
 
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # of braces, with more of them three deep
 BOX = rf"\\?\b(?:boxed|fbox)\s*\{{{INSIDE}\}}"
@@ -95,7 +95,6 @@ NOTATION = (
     (r"(?<![\d./}])(\d+)\s+(\d+)/(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),  # 1 1/2
     (r"\\(?:mathrm|text|mathit|rm|operatorname)\s*\{\s*([ei])\s*\}", r" \1 "),
     (r"\\imath|(?<![A-Za-z\\])i(?![A-Za-z])", " i "),  # alone, for math-verify to see that it is imaginary
-    (r"(?<!\\)%|(?<=\d)\s*percent(?:age)?", r"\\%"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?thousand\}?", "*10^{3}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?million\}?", "*10^{6}"),
     (r"(?<=\d)\s*(?:\\text\{\s*)?billion\}?", "*10^{9}"),
@@ -184,8 +183,8 @@ def _grader() -> Any:
 
 
 def _grade_from_stdin() -> None:
-    """Answer each line [gold, answer] with True or False, and end when the other process closes stdin or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process
+    """Answer each line [gold, answer] with True or False. Exits when the parent closes stdin."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with suppress(ImportError, ValueError, OSError):  # Windows and macOS cannot limit memory
         import resource
 
@@ -200,7 +199,7 @@ def _grade_from_stdin() -> None:
     with open(os.devnull, "w") as sys.stderr:
         sys.stdout = sys.stderr
         for line in sys.stdin:
-            # A thread that also ends this process within one long power, where Python's signals wait.
+            # Also ends this process during one long operation, where Python's signals would wait.
             faulthandler.dump_traceback_later(5, exit=True)
             pair = json.loads(line)
             parsed = [parse(f"${text}$", configs, parsing_timeout=None) for text in pair]
@@ -213,8 +212,8 @@ def _grade_from_stdin() -> None:
 
 PYTHON = str(Path(sys.executable).parent.resolve() / Path(sys.executable).name)
 # Reads the job from stdin, limits itself, runs the sources one after the other as one module, whose files are in the
-# working directory, and writes the token last. The token is only on the interpreter's stack: no name leads to it.
-# As in HumanEval's own harness the module is not `__main__`: what a program does when run as a script is not run.
+# working directory, and writes the token last. No variable that the sources can reach by name holds the token.
+# As in HumanEval's own harness, the module isn't `__main__`, so `if __name__ == "__main__"` blocks don't run.
 RUNNER = r"""
 import contextlib, ctypes, functools, json, os, resource, struct, sys, types
 def prepare():
@@ -319,7 +318,8 @@ def run_code(
 
 
 def _bubblewrap() -> list[str]:
-    """Own processes, no network, the system and the interpreter read-only, a small empty /tmp, and nothing else."""
+    """Return the command that confines a program: its own processes, no network, a small empty /tmp,
+    and read-only access to the system and the interpreter only."""
     bwrap = shutil.which("bwrap")
     if not bwrap:
         raise ValueError(
@@ -342,7 +342,7 @@ def _bubblewrap() -> list[str]:
 
 @functools.cache
 def check_sandbox(confined: bool) -> None:
-    """Raise ValueError, with the system's own words, where code cannot be run."""
+    """Raise ValueError, with the system's error message, if code cannot be run."""
     if not hasattr(os, "killpg"):
         raise ValueError("--run-code needs Linux, or unconfined macOS")
     command = [*(_bubblewrap() if confined else []), PYTHON, "-c", ""]
@@ -384,7 +384,7 @@ class Benchmark:
         return self.tcc_interval if score == "token_change_count" else 16
 
     def parse(self, row: Any) -> tuple[str, Any]:
-        """Return (prompt, gold) of one row in the owners' layout; any error says that it is laid out otherwise."""
+        """Return (prompt, gold) of one row in the owners' layout. `load` reports any error as a wrong layout."""
         raise NotImplementedError
 
     def extract(self, text: str) -> str:
@@ -473,9 +473,7 @@ class ARCChallenge(MultipleChoice):
 
     def parse(self, row):
         choices = row["question"]["choices"]
-        labels = [
-            choice["label"] for choice in choices
-        ]  # letters or numbers; the prompt has letters
+        labels = [choice["label"] for choice in choices]  # letters or numbers
         texts = [choice["text"] for choice in choices]
         return self.ask(row["question"]["stem"], texts, labels.index(row["answerKey"]))
 
@@ -708,10 +706,10 @@ def load(task: str, path: str | Path) -> list[Question]:
                 counted = f"{subject if path.is_dir() else task}/{count}"  # a file may be renamed
                 key = next((str(row[name]) for name in names if name in row), counted)
                 if key in questions:
-                    raise ValueError(f"{key} occurs twice")
+                    raise ValueError(f"the id must be unique, got {key} twice")
                 questions[key] = Question(key, prompt, gold)
                 count += 1
-        except Exception as error:  # of any kind: the file is laid out otherwise
+        except Exception as error:  # any error means that the file has another layout
             found = f"{type(error).__name__}: {error!s:.200}"
             raise ValueError(
                 f"{file}, row {count + 1}: expected {benchmark.data} ({found})"

@@ -42,9 +42,8 @@ from benchmarks import BENCHMARKS, Question
 
 T = train_toy.REASONING_LENGTH + train_toy.ANSWER_LENGTH  # steps at one token per step
 TIE: dict[str, dict] = {f"tie {score}": {"score": score} for score in tie.SCORES}
-METHODS: dict[str, dict] = {
-    "post-generation": {"interval": T}
-} | TIE  # with n >= T nothing is relayed
+# With n >= T nothing is relayed.
+METHODS: dict[str, dict] = {"post-generation": {"interval": T}} | TIE
 TCC, *LOGIT = TIE
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5 and 1 on validation problems
 
@@ -63,7 +62,8 @@ def decode(
 ) -> list[dict]:
     """Decode one batch and grade every candidate. Returns one record per question.
 
-    text: index of a member, ids -> text; grade: question, text of the answer -> answer, right?
+    `text` takes the index of a member and ids. `grade` takes a question and the text of the answer
+    region, and returns the answer in it and whether that is right.
     """
     result = tie.ensemble(members, canvases, config)
     records = []
@@ -94,19 +94,18 @@ def finite(values: torch.Tensor) -> list[float | None]:
 
 
 class Run:
-    """What M members answer, together and alone, on N questions."""
+    """The records of N questions as arrays: of the final response, and of M candidates."""
 
     def __init__(self, records: list[dict]):
         self.records = records
-        winners = [record["correct"][record["winner"]] for record in records]
-        self.correct = np.array(winners, dtype=bool)  # (N,)
-        self.right = np.array([r["correct"] for r in records], dtype=bool)  # (N, M)
+        self.correct = self.choose(lambda record: record["winner"])  # (N,) of the final response
+        self.right = np.array([r["correct"] for r in records], dtype=bool)  # (N, M) of each member
         self.tcc = np.array([r["tcc"] for r in records], dtype=float)  # (N, M)
         self.forwards = np.array([r["forwards"] for r in records], dtype=float)  # (N,)
 
     @property
     def best(self) -> np.ndarray:
-        """(N,) bool: the member that is best on these very problems, the hardest rival."""
+        """(N,) bool: what the member with the highest accuracy on these problems solves."""
         return self.right[:, self.right.sum(0).argmax()]
 
     @property
@@ -116,7 +115,7 @@ class Run:
         return np.array([np.mean(np.diff(leaders) != 0) for leaders in several])
 
     def choose(self, member: Callable[[dict], int]) -> np.ndarray:
-        """(N,) bool, with the candidate of another member as the final response."""
+        """(N,) bool: whether the chosen member's candidate is correct."""
         return np.array([record["correct"][member(record)] for record in self.records], dtype=bool)
 
 
@@ -125,7 +124,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """Toy problems, and all that it takes to decode them in any process."""
+    """A batch of toy problems with everything that a worker process needs to decode it."""
 
     folder: Path
     members: tuple[str, ...]
@@ -133,13 +132,13 @@ class Job:
     problems: tuple[train_toy.Problem, ...]
     device: str
     dtype: str | None  # of the weights; None: as stored
-    cache: int | None  # recompute keys and values every so many forwards; None: at every one
+    cache: int | None  # R of mdlm.Cached; None: no cache
     temperature: float = 0.0  # 0: greedy
-    restart: tuple[str, int] | None = None  # from what this member alone has after so many steps
+    restart: tuple[str, int] | None = None  # start from this member's state after this many steps
     versions: str = ""  # hash of weights, code and torch's version
 
     def member(self, name: str, place: int = 0) -> tie.Member:
-        """Copies of a member at other places among the members differ if they sample."""
+        """`place` seeds the samples, so that copies of a member differ."""
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model, config = mdlm.load(self.folder / name, self.device, dtype)
         denoise: tie.Denoiser = mdlm.Cached(model, self.cache) if self.cache else model
@@ -184,14 +183,14 @@ def decode_job(job: Job) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces the file as a whole, also if another process writes it too."""
+    """Replace the file atomically, even if another process writes it at the same time."""
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(text)
     part.replace(path)
 
 
 def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denoiser:
-    """Gumbel noise turns the greedy choice into a sample. It reaches the order of unmasking too."""
+    """Gumbel noise turns the greedy choice into a sample. It also affects the unmasking order."""
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(tokens: torch.Tensor, positions: torch.Tensor, attention_mask: Any) -> torch.Tensor:
@@ -229,28 +228,28 @@ class Toy:
         job: dict | None = None,
         **config: Any,
     ) -> Run:
-        """Decodes what isn't kept yet. By default the first two members on all problems; `job` and
-        `config` change fields of Job and tie.Config."""
+        """Decode what isn't stored yet. By default the first two members decode all problems.
+        `job` and `config` override fields of Job and tie.Config."""
         names = tuple(members) or self.names
         problems = self.problems if problems is None else problems
-        config_ = replace(self.job.config, **config)
-        whole = replace(self.job, members=names, config=config_, **(job or {}))
+        settings = replace(self.job.config, **config)
+        whole = replace(self.job, members=names, config=settings, **(job or {}))
         whole = replace(whole, versions=self.versions(whole))
         size = self.args.batch_size or 32
         batches = [tuple(problems[i : i + size]) for i in range(0, len(problems), size)]
         jobs = [replace(whole, problems=batch) for batch in batches]
-        todo = [job for job in jobs if not job.path.exists()]
+        todo = [part for part in jobs if not part.path.exists()]
         title = " ".join(["-".join(names), *(f"{name}={value}" for name, value in config.items())])
-        futures = [self.pool.submit(decode_job, job) for job in todo]
+        futures = [self.pool.submit(decode_job, part) for part in todo]
         with tqdm(total=len(todo), desc=title, unit="batch", disable=None, leave=False) as bar:
             try:
                 for future in futures:
                     future.result()
                     bar.update()
-            except BaseException:  # `map` would cancel them itself, and trip over killed workers
+            except BaseException:  # on Ctrl-C too. `pool.map` fails if its workers were killed
                 self.pool.shutdown(cancel_futures=True)
                 raise
-        return Run([record for job in jobs for record in json.loads(job.path.read_text())])
+        return Run([record for part in jobs for record in json.loads(part.path.read_text())])
 
     def versions(self, job: Job) -> str:
         names = [*job.members, *(job.restart or ())[:1]]
@@ -259,13 +258,13 @@ class Toy:
         digest = hashlib.sha256(torch.__version__.encode())
         for file in files:
             digest.update(file.read_bytes())
-        for part in (decode, Job.member, Job.canvas, decode_job, sampling):
+        for part in (decode, finite, Job.member, Job.canvas, decode_job, sampling):
             digest.update(inspect.getsource(part).encode())
         return digest.hexdigest()
 
-    def only_tie_solves(self) -> list[train_toy.Problem]:
+    def only_tie_solves(self, score: str) -> list[train_toy.Problem]:
         """The problems that TIE solves and no member solves alone."""
-        solved = self.run().correct & ~self.run(interval=T).right.any(1)
+        solved = self.run(score=score).correct & ~self.run(interval=T).right.any(1)
         return [problem for problem, yes in zip(self.problems, solved) if yes]
 
 
@@ -316,13 +315,13 @@ def gain(ours: np.ndarray, theirs: np.ndarray) -> Cell:
 
 
 def apart(tcc: np.ndarray, right: np.ndarray) -> Cell:
-    """How much more often the answer tokens change where the answer is incorrect."""
+    """The mean count of incorrect answers minus that of correct ones."""
     return Cell((tcc[~right], tcc[right]), percent=False, signed=True)
 
 
 @dataclass
 class Table:
-    """A cell may be given as an array: of bool, a share; else a number in its own unit."""
+    """A cell may be given as an array of bool, shown in %, or of numbers, shown as they are."""
 
     title: str
     cells: dict[str, dict[str, Any]]  # row -> column -> cell
@@ -336,8 +335,8 @@ class Table:
                     row[column] = Cell((values,), percent=values.dtype == bool)
 
     def verdict(self, claim: str) -> str:
-        """A claim holds if the intervals of all its differences lie above 0, and does not hold if
-        any lies below."""
+        """A claim holds if the intervals of all its differences lie above 0. It doesn't hold if one
+        lies below 0."""
         _, lows, highs = zip(*[cell.estimate() for cell in self.claims[claim].values()])
         if any(high < 0 for high in highs):
             return "does not hold"
@@ -366,7 +365,7 @@ def merge(cells: list[Cell]) -> dict[str, Any]:
 
 
 def as_data(tables: list[Table]) -> dict[str, Any]:
-    """The same table of one training seed or of several, as `--json` prints it."""
+    """Merge the same table of one or several training seeds into what `--json` prints."""
     first = tables[0]
     cells = []
     for row, columns in first.cells.items():
@@ -422,8 +421,9 @@ def result_rows(runs: dict[str, Run], names: Sequence[str]) -> dict[str, dict[st
         rows["oracle"] = {"accuracy": after.right.any(1), "forwards": after.forwards}
     for name, run in runs.items():
         rows[name] = {"accuracy": run.correct, "forwards": run.forwards}
-        for rival, difference in ahead(run, after).items() if after else ():
-            rows[name][f"- {rival.removeprefix('the ')}"] = difference
+        if after:
+            for rival, difference in ahead(run, after).items():
+                rows[name][f"- {rival.removeprefix('the ')}"] = difference
         if after and run is not after:
             rows[name]["of those unsolved alone"] = run.correct[~after.right.any(1)]
         if len(run.changes):
@@ -442,9 +442,8 @@ def ahead(run: Run, after: Run) -> dict[str, Cell]:
 def table_main(toy: Toy) -> Table:
     runs = {name: toy.run(**settings) for name, settings in METHODS.items()}
     after = runs["post-generation"]
-    gaps = {
-        f"member {x}": apart(after.tcc[:, m], after.right[:, m]) for m, x in enumerate(toy.names)
-    }
+    columns = zip(toy.names, after.tcc.T, after.right.T)
+    gaps = {f"member {name}": apart(counts, right) for name, counts, right in columns}
     config = toy.job.config
     title = f"the toy, n = {config.interval}, blocks of {config.block_size}, accuracy %"
     claims = {"C~(T) of a member alone is higher where its answer is incorrect": gaps}
@@ -469,8 +468,8 @@ def table_1(toy: Toy) -> Table:
 
 
 def table_2(toy: Toy) -> Table:
-    """Each member on what it failed alone and the other solved, from the start of the other's
-    trajectory."""
+    """Each member restarts from the other's partial trajectory, on the problems that it failed
+    alone and the other solved."""
     starts = {"first 33 %": round(0.33 * T), "first 50 %": round(0.5 * T)}
     starts["all reasoning"] = train_toy.REASONING_LENGTH  # ours
     right = toy.run(interval=T).right
@@ -538,9 +537,9 @@ def table_7(toy: Toy) -> Table:
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     claims = {}
     speeds: dict[str, dict] = {
-        "one token a step": {},
-        "threshold 0.9": {"threshold": 0.9},
-        "top-k 2": {"top_k": 2},
+        "one token a step": {"top_k": 1, "threshold": None},
+        "threshold 0.9": {"top_k": 1, "threshold": 0.9},
+        "top-k 2": {"top_k": 2, "threshold": None},
     }
     for speed, settings in speeds.items():
         runs = {"post-generation": toy.run(interval=T, **settings), TCC: toy.run(**settings)}
@@ -580,7 +579,7 @@ def table_10(toy: Toy) -> Table:
     best = toy.names.index(toy.ranked[0])
 
     def most_selected(record: dict) -> int:
-        """Our decision: members that led equally often leave the choice to the lowest C~."""
+        """Our decision: the lowest C~ if several members led most often, or nobody led."""
         (leader, leads), *others = Counter(record["leaders"]).most_common() or [(-1, 0)]
         tied = leads == 0 or leads in [count for _, count in others]
         return record["winner"] if tied else leader
@@ -806,7 +805,7 @@ class Trace:
 
 
 def laid_out(signs: Sequence[str], authors: list[int]) -> str:
-    """One sign per token, as people write it, in its author's colour on a terminal."""
+    """Lay out one sign per token as `readable` does. On a terminal, colour it by author."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     layout = train_toy.readable([train_toy.MASK] * train_toy.LENGTH)
     pairs = iter(zip(signs, authors))
@@ -830,9 +829,9 @@ def show_trace(trace: Trace) -> None:
     begin = 0
     for step, scores, leader in trace.rounds:
         for m, name in enumerate(trace.names):
-            frame = trace.frames[m][:step][-1]
-            flags = zip(*[f.changed for f in trace.frames[m][begin:step]])
-            changed = [any(own) for own in flags] or [False] * len(frame.answer)
+            frame = trace.frames[m][:step][-1]  # an earlier one if this member was done sooner
+            flags = [f.changed for f in trace.frames[m][begin:step]]  # one list per step
+            changed = [any(own) for own in zip(*flags)] or [False] * len(frame.answer)
             answer = "".join(letters[i] + " '"[c] for i, c in zip(frame.answer, changed))
             score = f"{scores[m] + 0.0:6.3f}" if math.isfinite(scores[m]) else ""  # no -0.000
             label = name if m else f"step {step:2} {name}"
@@ -849,9 +848,9 @@ def show_trace(trace: Trace) -> None:
 
 
 def show_traces(toy: Toy) -> None:
-    problems = toy.only_tie_solves() if toy.args.unsolved else toy.problems
+    problems = toy.only_tie_solves(toy.args.score) if toy.args.unsolved else toy.problems
     if not problems:
-        raise ValueError("--unsolved: no problem that only TIE solves; raise --problems")
+        raise ValueError("--unsolved: only TIE solves none of the problems: raise --problems")
     for problem in problems[: toy.args.count]:
         show_trace(Trace(toy, problem, toy.args.score))
 
@@ -874,7 +873,7 @@ def draw_figure_1(toy: Toy) -> Any:
     for i, (score, label) in enumerate(zip(tie.SCORES[1:], labels)):
         panels[i][0].set_ylabel(label)
         for panel, name in zip(panels[i], toy.names):
-            # A single member isn't scored. Two copies behave like one, and are.
+            # A single member isn't scored, so decode with two copies of it.
             run = toy.run([name, name], score=score, interval=1, cross_model=False)
             scores = np.array([r["scores"] for r in run.records], dtype=float)  # (N, T - 1, 2)
             curves = np.ma.masked_invalid(scores[:, :, 0])
@@ -903,7 +902,7 @@ def draw_figure_3(toy: Toy) -> Any:
         changed = [np.array([x[i] != x[i - 1] for x in leaders if len(x) > i]) for i in relays]
         rates = np.array([fraction(flags).estimate() for flags in changed]).reshape(-1, 3)
         value, low, high = 100 * rates.T
-        steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in relays]  # side by side
+        steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in relays]  # shifted, to be told apart
         label = name.removeprefix("tie ").replace("_", " ").replace("top1", "top-1")
         bars = (value - low, high - value)
         panel.errorbar(steps, value, bars, fmt=style, color=colour, elinewidth=0.8, label=label)
@@ -917,7 +916,7 @@ def draw_figure_3(toy: Toy) -> Any:
 def draw_trace(toy: Toy) -> Any:
     """The first problem that only TIE solves, a panel per member, step against position: tokens in
     their authors' colours, and top-1 at masked answer positions, red where it changed."""
-    trace = Trace(toy, (toy.only_tie_solves() or toy.problems)[0], tie.SCORES[0])
+    trace = Trace(toy, (toy.only_tie_solves(toy.args.score) or toy.problems)[0], toy.args.score)
     sheet, panels = new_figure(7.2, 6.4, 1, 2, sharey=True)
     reasoning = train_toy.REASONING_LENGTH
     for m, panel in enumerate(panels):
@@ -976,11 +975,16 @@ def member_folder(given: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "~")):
         raise ValueError(f"--members: {given} is neither a folder nor a Hub name like org/name")
     try:
-        files = {"allow_patterns": MEMBER_FILES, "ignore_patterns": ["*/*"]}
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, **files))
+        path = huggingface_hub.snapshot_download(
+            name,
+            revision=revision or None,
+            allow_patterns=MEMBER_FILES,
+            ignore_patterns=["*/*"],  # of subfolders
+        )
+        return Path(path)
     except Exception as error:  # noqa: BLE001, the Hub's HTTP library has errors of its own
         reason = f"{type(error).__name__}: {error}"[:300]
-        raise ValueError(f"--members: the Hub doesn't give {given} ({reason})") from None
+        raise ValueError(f"--members: cannot download {given} from the Hub: {reason}") from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -997,7 +1001,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def devices_of(count: int, args: argparse.Namespace) -> list[str]:
-    """The devices given, or the GPUs in turn, among a host's processes too."""
+    """The devices of --device, or the GPUs in turn. Processes of torchrun take different ones."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     devices = [f"cuda:{(local * count + m) % gpus}" if gpus else "cpu" for m in range(count)]
@@ -1012,7 +1016,7 @@ def devices_of(count: int, args: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What it takes to decode a benchmark."""
+    """Everything needed to decode a benchmark."""
 
     task: str
     members: list[Any]
@@ -1072,10 +1076,10 @@ class Records:
         self.rank = int(os.environ.get("RANK", "0"))
         self.out = out
         self.method = method.replace(" ", "-")
-        self.path = out / f"{self.method}.{self.rank}.jsonl"
-        if self.path.exists():
-            with self.path.open("r+b") as file:  # drop a line that was cut short
-                file.truncate(file.read().rfind(b"\n") + 1)
+        self.file = (out / f"{self.method}.{self.rank}.jsonl").open("a+b")
+        lock(self.file)
+        self.file.seek(0)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)  # drop a line that was cut short
 
     def read(self) -> dict[str, dict]:
         lines = []
@@ -1084,14 +1088,27 @@ class Records:
         return {record["id"]: record for record in map(json.loads, lines)}
 
     def add(self, records: list[dict]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
+        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self.file.flush()
+
+
+def lock(file: Any) -> None:
+    """Two commands that write to one file would decode everything twice."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"{file.name} is in use by another command: wait, or choose another --out"
+        raise ValueError(message) from None
 
 
 def keep_settings(out: Path, settings: dict) -> None:
     """Write settings.json, or refuse a folder that holds results of other settings."""
     path = out / "settings.json"
-    if any(out.glob("*.jsonl")):
+    if any(file.stat().st_size for file in out.glob("*.jsonl")):
         kept = json.loads(path.read_text())["settings"]
         differ = ", ".join(name for name in settings if settings[name] != kept.get(name))
         if differ:
@@ -1106,7 +1123,8 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
     """Decode and grade a benchmark, and report the result."""
     benchmark = BENCHMARKS[task]
     questions = benchmarks.load(task, args.data)[: args.limit]
-    benchmarks.grade(task, questions[0], "1", args.run_code)  # fails now if nothing can be graded
+    # If grading doesn't work here, fail before decoding.
+    benchmarks.grade(task, questions[0], "1", args.run_code)
     interval = benchmark.interval(args.score)
     config = config_of(args, interval, answer_window=benchmark.answer_window, score=args.score)
     folders = {name: member_folder(given) for name, given in args.members}
@@ -1119,21 +1137,22 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
         "config": asdict(config),
         "dtype": args.dtype,
         "cache": args.cache,
-        "batch_size": args.batch_size or 8,  # in bfloat16 tokens can depend on it
+        "batch_size": args.batch_size or 8,  # the tokens can depend on it in bfloat16
     }
     out = args.out or Path("results", task)
     keep_settings(out, settings)
-    setup = Setup.load(task, folders, config, args)
     ensemble = "post-generation" if config.interval >= benchmark.length else f"tie {config.score}"
-    methods = {ensemble: setup}
-    if args.single:
-        methods = {f"member {m.name}": replace(setup, members=[m]) for m in setup.members}
+    methods = [f"member {name}" for name in folders] if args.single else [ensemble]
+    records = {method: Records(out, method) for method in methods}
+    setup = Setup.load(task, folders, config, args)
     found = {}
-    for method, own in methods.items():
-        found[method] = decode_share(own, questions, Records(out, method))
+    for m, method in enumerate(methods):
+        members = [setup.members[m]] if args.single else setup.members
+        share = replace(setup, members=members)
+        found[method] = decode_share(share, questions, records[method])
     missing = sum(question.id not in own for question in questions for own in found.values())
     if missing:
-        print(f"{missing} questions are left to other processes", file=sys.stderr)
+        print(f"{missing} records are still missing: other processes work on them", file=sys.stderr)
         return
     runs = {method: Run([own[q.id] for q in questions]) for method, own in found.items()}
     title = f"{len(questions)} questions, n = {config.interval}, accuracy %"
@@ -1145,8 +1164,8 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
 
 
 def decode_share(setup: Setup, questions: list[Question], records: Records) -> dict[str, dict]:
-    """Decode this process's share of what has no record yet. Returns the records of all processes,
-    by question: the last one to finish finds them complete."""
+    """Decode this process's share of the questions without a record. Returns the records of all
+    processes by question id. They are complete for the last process to finish."""
     done = records.read()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = questions[records.rank :: world]
@@ -1243,16 +1262,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("decoding").add_argument
     add("--interval", type=int, help="steps between relays (default: 2, or the paper's)")
-    add("--score", default=tie.SCORES[0], choices=tie.SCORES, help="of a trace or a benchmark")
-    add("--block-size", type=int, default=16, help="of semi-autoregressive decoding")
+    add("--score", default=tie.SCORES[0], choices=tie.SCORES, help="for a trace or a benchmark")
+    add("--block-size", type=int, default=16, help="block size of semi-autoregressive decoding")
     add("--top-k", type=int, default=1, help="tokens committed per step")
     add("--threshold", type=float, help="commit every token above this probability instead")
     cache = "cache keys and values, recomputing them every R forward passes (approximate)"
     add("--cache", type=count, metavar="R", help=cache)
-    add("--batch-size", type=count, help="decoded together (default: 32 on the toy, else 8)")
+    add("--batch-size", type=count, help="questions per batch (default: 32 on the toy, else 8)")
     device = "one device, or one per member (default: CPU for the toy, else the GPUs in turn)"
     add("--device", nargs="+", help=device)
-    dtype = "of the weights (default: as stored for the toy, bfloat16 on CUDA, float32 on CPU)"
+    dtype = "of the weights (default: the toy's as stored, else bfloat16 on CUDA, float32 on CPU)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
 
     add = parser.add_argument_group("the toy").add_argument
@@ -1273,7 +1292,7 @@ def make_parser() -> argparse.ArgumentParser:
     limit = "use only the first N questions (must not change for a given --out)"
     add("--limit", type=count, metavar="N", help=limit)
     add("--single", action="store_true", help="each member alone instead of the ensemble")
-    run_code = "run code that models write, in bubblewrap; unconfined: in a container of your own"
+    run_code = "run the code that models write, in bubblewrap ('unconfined': without it)"
     modes = ("confined", "unconfined")
     add("--run-code", nargs="?", const="confined", choices=modes, help=run_code)
     return parser
@@ -1283,7 +1302,7 @@ WHAT = [*TABLES, "all", "trace", "figures", *BENCHMARKS]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Refuses what would mislead; an option that doesn't apply and does no harm is ignored."""
+    """Parse the command line. Options that don't apply are ignored, unless that would mislead."""
     parser = make_parser()
     args = parser.parse_args(argv)
     unknown = [name for name in args.what if name not in WHAT]

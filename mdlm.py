@@ -216,7 +216,7 @@ class MDLM(nn.Module):
         real = torch.ones_like(tokens[:1]) if attention_mask is None else attention_mask.long()
         dtype = torch.float32 if c.rope_float32 else self.embed.weight.dtype
         cos, sin = rotary(real.cumsum(1) - 1, c.E, c.rope_theta, dtype)
-        # Dream's own code also hides real keys from padding; no real position can tell.
+        # Dream's own code also hides real keys from padding, which changes no real position.
         return cos, sin, None if attention_mask is None else attention_mask[:, None, None, :]
 
     def outputs_of(self, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -250,7 +250,7 @@ class Cached:
     recomputes everything, as does the first call with a new batch or layout; with refresh = 1 this
     is the exact model. Refreshing at the start of each block makes plain decoding Fast-dLLM's dual
     cache (arXiv:2505.22618). With refresh = n, the ensemble interval, all members refresh in the
-    first step of a round, whose changes don't count in any score.
+    first step of a round, where no change counts in a score.
 
     A new batch is recognised by a change of a token that wasn't masked at first, or by the tokens
     of the batch's first call. Take a new `Cached` if you decode the same prompts from other
@@ -439,7 +439,7 @@ FAMILIES = {
     # open-dcoder; an ordinary Qwen2 has no mask token.
     "qwen2": _llama_like("<M>", "<|im_end|>", _QWEN_TEMPLATE, qkv_bias=True, shift=True),
 }  # fmt: skip
-# Trained with complete earlier blocks, while TIE reads an answer behind reasoning that is masked.
+# These were trained with complete earlier blocks, but TIE reads answers behind masked reasoning.
 BLOCK_CAUSAL = ("sdar", "trado", "llada2", "fast_dllm", "bd3lm")
 
 
@@ -570,7 +570,7 @@ def _rope_theta(file: Path, raw: Json) -> float:
 
 
 def _open_weights(folder: Path, shapes: dict[str, list[int]], tied: bool) -> dict[str, Any]:
-    """The opened file of each tensor, after a check of all names and shapes against `shapes`.
+    """Checks names and shapes of all tensors against `shapes`. Returns the open file of each.
     If `tied`, the head may be missing."""
     index = folder / "model.safetensors.index.json"
     shards = dict.fromkeys(shapes, "model.safetensors")
@@ -604,8 +604,8 @@ def _open_weights(folder: Path, shapes: dict[str, list[int]], tied: bool) -> dic
 # --- tokenizers -----------------------------------------------------------------------------------
 
 _OTHER = "does the tokenizer belong to another model?"
-# A noncharacter, which no text contains. It breaks up special tokens in a question, which is only
-# text, until the prompt is split at the special tokens of the template.
+# A noncharacter, which no text contains. It breaks up special tokens in a question, so that only
+# those of the template become ids.
 _GUARD = "\ufdd0"
 # Qwen's pattern, also Dream's: contractions, words, digits, punctuation, line ends, spaces.
 _PIECES = (
@@ -763,8 +763,8 @@ def _compile(template: str) -> Template:
 
 
 def _token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
-    """The bytes of each id (V): empty for special tokens, UTF-8 for other added tokens, and for
-    the rest GPT-2's byte alphabet undone."""
+    """The bytes of each id (V): empty for special tokens, UTF-8 for other added tokens. The
+    rest is decoded from GPT-2's byte alphabet."""
     # GPT-2 writes these bytes as themselves, and the others as the characters from U+0100 on.
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = itertools.count(256)

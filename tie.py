@@ -20,8 +20,9 @@ Symbol, equation or section of the paper -> name here
     T_m <- T_m*         trajectory relay, Eq. 10: `relay`
     Sec. 4.4, App. D    final response, the lowest C~ of the whole decoding: `Result.winner`
 
-"Our decision" marks what the paper leaves open. Relaying between different vocabularies is ours
-altogether (`translate`).
+"Our decision" marks what the paper leaves open. Relaying between different vocabularies
+(`translate`) isn't in the paper.
+
 Shapes: B questions (rows), L positions, W positions of a block, A answer positions, w of them in
 the answer window, K = W + w positions read in a step, V vocabulary size.
 """
@@ -86,13 +87,10 @@ class Config:
     block_size: int = 16  # W, of semi-autoregressive decoding
     score: str = "token_change_count"  # one of SCORES
     cross_model: bool = True  # logit scores: mean over all models, Eq. 8, or source only (Table 9)
-    normalize: bool = (
-        True  # Eq. 7 if true, Eq. 5 if false; also in the final selection (our decision)
-    )
+    # Eq. 7 if true, Eq. 5 if false. Our decision: also in the final selection.
+    normalize: bool = True
     top_k: int = 1  # tokens committed per step
-    threshold: float | int | None = (
-        None  # tau: commit every token of the block more probable than this
-    )
+    threshold: float | int | None = None  # tau: also commit every token more probable than this
     commit: CommitRule | None = None  # a rule of your own, called at each step of each member
     answer_window: int | None = None  # read only the first masked answer positions; 8 for code
 
@@ -187,9 +185,9 @@ def ensemble(
     """Decode the same questions with all members, relaying the leader's sequence every n steps.
 
     Takes one canvas per member, on that member's device. Rows are independent: each has its own
-    leader and decodes as it would alone. Once any member has completed a row, the row is relayed no
-    more; the other members finish it, and all M candidates stand for selection. M = 1 is plain
-    decoding.
+    leader and decodes as it would alone. Once any member has completed a row, the row is no longer
+    relayed. The other members finish it, and the winner is chosen among all M candidates. M = 1 is
+    plain decoding.
 
     `on_round` is called at the end of every round, before its relay, with copies: {"round", "step",
     "tokens" and "masked" (lists of M (B, L)), "scores" (M, B), "leader" (B,), -1 if nothing is
@@ -225,10 +223,15 @@ def ensemble(
         leader = lead(scores, top1).masked_fill(ended, -1)  # (B,), Sec. 4.3, Eq. 9
         scores = scores.masked_fill(ended, UNSCORED)
         if on_round is not None:
-            state: dict = {"round": (step - 1) // config.interval, "step": step}
-            state["tokens"] = [run.canvas.tokens for run in runs]
-            state["masked"] = [run.canvas.masked for run in runs]
-            on_round(deepcopy(state | {"scores": scores, "leader": leader}))
+            state = {
+                "round": (step - 1) // config.interval,
+                "step": step,
+                "tokens": [run.canvas.tokens for run in runs],
+                "masked": [run.canvas.masked for run in runs],
+                "scores": scores,
+                "leader": leader,
+            }
+            on_round(deepcopy(state))
         if received:
             leaders = torch.cat([leaders, leader[None]])
             all_scores = torch.cat([all_scores, scores[None]])
@@ -266,17 +269,16 @@ def gather(device: torch.device, tallies: Sequence[Tally]) -> list[Tensor]:
 
 
 class Reading(NamedTuple):
-    """What is kept of one forward pass of a model on a canvas; a commit rule gets it too."""
+    """What is kept of one forward pass of a model on a canvas. Commit rules get it too."""
 
     member: int  # index of the model, for rules that remember earlier steps
     positions: Tensor  # (B, W) int64, a window that holds each row's current block
     masked: Tensor  # (B, W) bool, the masked positions of that block: the only ones to commit
     token: Tensor  # (B, W) int64, top-1 token
     confidence: Tensor  # (B, W) float32, its probability; -1 where nothing may be committed
-    entropy: (
-        Tensor | None
-    )  # (B, W) float32, of the whole distribution, in nats; only for a commit rule
-    margin: Tensor | None  # (B, W) float32, top-1 minus top-2 probability; only for a commit rule
+    # The next two are None unless the config has a commit rule.
+    entropy: Tensor | None  # (B, W) float32, of the whole distribution, in nats
+    margin: Tensor | None  # (B, W) float32, top-1 minus top-2 probability
     answer_token: Tensor  # (B, A) int64, top-1 at the answer positions, or the token once committed
     relevant: Tensor  # (B, A) bool, A^(t)
     top1: Tensor  # (B,) float32, mean top-1 probability over A^(t)
@@ -301,12 +303,13 @@ class Run:
         self.window = 0 if alone else config.answer_window  # nobody scores a single member
         self.answer_token = canvas.tokens[:, canvas.answer]  # (B, A), of the last step
         self.relevant = torch.zeros_like(self.answer_token, dtype=torch.bool)  # (B, A), its A^(t)
-        self.forwards = torch.zeros_like(canvas.tokens[:, 0])  # (B,)
-        self.nothing = Tally(self.forwards, self.forwards.bool(), self.forwards.float() + UNSCORED)
+        zeros = torch.zeros_like(canvas.tokens[:, 0])  # (B,)
+        self.forwards = zeros
+        self.nothing = Tally(zeros, zeros.bool(), zeros + UNSCORED)
         self.round = self.nothing
         self.total = self.nothing  # of the model's own steps, whatever was relayed (our decision)
-        self.next: Reading | None = None  # of the next step, if the assessment has made its forward
-        self.nan = self.forwards.bool().any()  # () bool, NaN at a position that is read
+        self.next: Reading | None = None  # the next step's, if the assessment already computed it
+        self.nan = zeros.any()  # () bool, whether a position that counts had NaN logits
         self.vocab_size: int | None = None  # V, once the member has given logits
 
     def step(self) -> None:
@@ -314,9 +317,8 @@ class Run:
         reading = self.read(self.canvas) if self.next is None else self.next
         busy = reading.masked.any(1)  # (B,)
         compared = self.relevant & busy[:, None]  # (B, A)
-        changes = count_changes(
-            self.answer_token, reading.answer_token, compared, self.config.normalize
-        )
+        normalize = self.config.normalize
+        changes = count_changes(self.answer_token, reading.answer_token, compared, normalize)
         tally = Tally(changes, compared.any(1), reading.top1)
         self.round += tally
         self.total += tally
@@ -340,6 +342,7 @@ class Run:
         check_logits(self.member, logits, positions)
         self.vocab_size = logits.shape[2]
 
+        # A commit rule of the user's may need any of them.
         asked = SCORES if self.config.commit else (self.config.score,)
         token, f = predict(logits, self.member.mask_id, asked)  # (B, K)
         top1 = f["top1_probability"]
@@ -381,7 +384,7 @@ def generate(runs: list[Run]) -> int:
     """
     config = runs[0].config
     known = config.threshold is None and config.commit is None
-    most = [int(run.steps_left().max()) for run in runs]
+    most = [int(run.steps_left().max()) for run in runs]  # an upper bound unless known
     for run in runs:
         run.round = run.nothing
     for step in range(config.interval):
@@ -398,14 +401,15 @@ def generate(runs: list[Run]) -> int:
 def predict(
     logits: Tensor, mask_id: int, scores: Sequence[str] = ()
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Top-1 tokens (B, K) int64 of logits (B, K, V), and by name the top-1 probability and those of
-    the other logit scores that `scores` names, (B, K) float32; higher is more confident.
+    """Returns the top-1 tokens (B, K) int64 of logits (B, K, V), and a dict of (B, K) float32: the
+    top-1 probability and any other logit score in `scores`. Higher is more confident.
 
     Our decision: the mask token is never predicted, so decoding always ends. Probabilities are
     those of the whole softmax, mask included, as in LLaDA's own sampler.
     """
     found = defaultdict(list)
-    questions = max(1, 2**23 // logits[0].numel())  # at a time: less memory in float32, and faster
+    # Chunks of at most 8 million logits: no float32 copy of all of them, and it's faster.
+    questions = max(1, 2**23 // logits[0].numel())
     for part in logits.split(questions):
         p = part.softmax(-1, dtype=torch.float32)  # (b, K, V)
         if "negative_entropy" in scores:
@@ -461,8 +465,8 @@ def block_ends(canvas: Canvas, block_size: int) -> Tensor:
 def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Each row's first block with a mask, so that the answer waits for the reasoning (Sec. 4.1).
 
-    Returns W positions (B, W) that end where the block ends, or else the first W of the row, and
-    which of them are masks of that block (B, W).
+    Returns W positions (B, W), and which of them are masks of that block (B, W). The positions end
+    where the block ends, or are the first W of the row if fewer precede the block's end.
     """
     end = ends[canvas.masked.int().argmax(1)][:, None]  # (B, 1)
     width = min(block_size, canvas.tokens.shape[1])
@@ -485,9 +489,8 @@ def token_change_count(top1_tokens: Tensor, relevant: Tensor, normalize: bool = 
     change. relevant (n, B, A) bool: A^(t). n steps give n - 1 comparisons; an empty A^(t) adds
     nothing.
     """
-    changes = count_changes(
-        top1_tokens[:-1], top1_tokens[1:], relevant[:-1], normalize
-    )  # (n - 1, B)
+    # (n - 1, B)
+    changes = count_changes(top1_tokens[:-1], top1_tokens[1:], relevant[:-1], normalize)
     return in_tokens(changes.sum(0))
 
 
@@ -498,12 +501,14 @@ def count_changes(before: Tensor, after: Tensor, relevant: Tensor, normalize: bo
 
 
 def in_tokens(changes: Tensor) -> Tensor:
-    return changes // UNIT + (changes % UNIT).float() / UNIT  # float32, exact where it is whole
+    """Converts counts in units of 1/UNIT to float32. Whole numbers stay exact, as they would not if
+    the int64 were rounded to float32 before the division."""
+    return changes // UNIT + (changes % UNIT).float() / UNIT
 
 
 @dataclass
 class Tally:
-    """What some steps of a model say about its trajectory: one step, a round, all. They add up."""
+    """What a model's steps say about its trajectory, for one step or the sum over several."""
 
     changes: Tensor  # (B,) int64, C or C~ in units of 1/UNIT
     compared: Tensor  # (B,) bool, whether any step with a non-empty A was compared with the next
@@ -515,9 +520,8 @@ class Tally:
 
     @property
     def score(self) -> Tensor:
-        return (-in_tokens(self.changes)).masked_fill(
-            ~self.compared, UNSCORED
-        )  # (B,) float32, Eq. 6
+        """(B,) float32, Eq. 6."""
+        return (-in_tokens(self.changes)).masked_fill(~self.compared, UNSCORED)
 
 
 def mean_over(values: Tensor, where: Tensor, dim: int = -1) -> Tensor:
@@ -541,26 +545,21 @@ def assess(
         states = received[r] if cross_model else received[r][r : r + 1]
         readings.append([run.read(canvas) for canvas, _ in states])
         pairs = zip(readings[r], states)
-        f.append(
-            torch.stack(
-                [reading.score.masked_fill(~fits, UNSCORED) for reading, (_, fits) in pairs]
-            )
-        )
+        f.append(torch.stack([x.score.masked_fill(~fits, UNSCORED) for x, (_, fits) in pairs]))
         extra = len(runs) - 1 if cross_model else 1
         run.forwards = run.forwards + extra * ~ended.to(run.forwards.device)
     scores = stack_on(ended.device, f)  # (M readers m', M trajectories m, B), f(T_m; m')
     if not cross_model:
         return scores[:, 0], []  # each trajectory by its source model
-    return mean_over(
-        scores, scores > UNSCORED, dim=0
-    ), readings  # our decision: readers with an empty A abstain
+    # Our decision: a reader with an empty A abstains.
+    return mean_over(scores, scores > UNSCORED, dim=0), readings
 
 
 # --- trajectory relay (Sec. 4.3) ------------------------------------------------------------------
 
 
 def lead(scores: Tensor, top1: Tensor) -> Tensor:
-    """(B,) m* = argmax over members of scores (M, B), Eq. 9.
+    """Returns m* (B,), the argmax over members of scores (M, B), Eq. 9.
 
     Our decision: ties go to the higher top1 (M, B), the source model's mean top-1 probability at
     its last step with a non-empty A, then to the lower index.
@@ -573,9 +572,9 @@ def lead(scores: Tensor, top1: Tensor) -> Tensor:
 def relay(
     runs: list[Run], received: list[list[Received]], readings: list[list[Reading]], leader: Tensor
 ) -> int:
-    """Eq. 10: each model takes over the state of the row's leader (B,), and its own reading of that
-    state if there is one; it keeps its own state where leader is -1. Returns the number of (row,
-    member) pairs that kept their own because the leader's text didn't fit."""
+    """Eq. 10: each model takes over the state of each row's leader (B,), and keeps its own where
+    leader is -1. If it has read that state already, the reading becomes its next step. Returns the
+    number of (row, member) pairs that kept their own state because the leader's text didn't fit."""
     not_relayed = 0
     for r, run in enumerate(runs):
         source = torch.where(leader < 0, r, leader).to(run.forwards.device)  # (B,)
@@ -583,7 +582,7 @@ def relay(
         tokens, masked, fits = pick(states, source)
         run.canvas = replace(run.canvas, tokens=tokens, masked=masked)
         if readings:
-            run.next = Reading(r, *pick([reading[1:] for reading in readings[r]], source))
+            run.next = Reading(*pick(readings[r], source))
         kept = (leader < 0).to(source.device)  # (B,)
         run.relevant = run.relevant & kept[:, None]  # nothing is compared across a relay
         not_relayed += int((~fits).sum())
@@ -591,9 +590,12 @@ def relay(
 
 
 def pick(versions: Sequence[tuple], source: Tensor) -> list:
-    """From M versions of some tensors (B, ...), each row of the version that source (B,) names."""
+    """Row b of each tensor (B, ...), from version source[b]. Other values are equal in all."""
     rows = torch.arange(len(source), device=source.device)
-    return [None if each[0] is None else torch.stack(each)[source, rows] for each in zip(*versions)]
+    return [
+        torch.stack(each)[source, rows] if isinstance(each[0], Tensor) else each[0]
+        for each in zip(*versions)
+    ]
 
 
 def receive(receiver: Run, sender: Run) -> Received:
@@ -624,12 +626,12 @@ class Codec(Protocol):
 
 
 def translate(sent: Canvas, sender: Member, own: Canvas, receiver: Member) -> Received:
-    """The sender's state, which is text with holes, in the receiver's vocabulary and layout.
+    """Returns the sender's state, text with holes, in the receiver's vocabulary and layout.
 
     Committed text is kept exactly, EOS becomes EOS, and masks keep their number and place between
     runs of text. Only the end of a region stretches or shrinks to the receiver's length: by masks
     if the sender's region ends in masks, by EOS if it is complete. A row whose text doesn't fit
-    stays the receiver's own; fits (B,) bool says which do. Raises ValueError on a lossy codec.
+    stays the receiver's own. Also returns fits (B,) bool. Raises ValueError on a lossy codec.
     """
     tokens = own.tokens.tolist()
     masked = own.masked.tolist()
@@ -658,7 +660,7 @@ def translate_region(
 ) -> list[int | None] | None:
     """A region of a row in the receiver's ids, None where masked; or None if it doesn't fit."""
     new: list[int | None] = []
-    for kind, run in groupby(spell(ids, sender), key=type):
+    for kind, run in groupby(spell(ids, sender), key=type):  # runs of text, of EOS, of masks
         if kind is bytes:
             new += encode_exactly(b"".join(run).decode(), receiver)  # type: ignore[arg-type]
         else:
@@ -697,7 +699,7 @@ def spell(ids: list[int | None], member: Member) -> list[bytes | str | None]:
 
 
 def encode_exactly(text: str, member: Member) -> list[int]:
-    """The ids of exactly this text. Raises ValueError if the codec adds to it or loses any."""
+    """The ids of exactly this text. Raises ValueError if they decode to any other text."""
     ids = member.codec.encode(text)
     back = member.codec.decode(ids)
     good = back == text.encode() and not {member.mask_id, *member.eos_ids} & {*ids}
@@ -706,7 +708,7 @@ def encode_exactly(text: str, member: Member) -> list[int]:
     return ids
 
 
-# --- checks: mistakes that people make, before any forward ----------------------------------------
+# --- checks of the caller's input -----------------------------------------------------------------
 
 
 def check(members: Sequence[Member], canvases: Sequence[Canvas]) -> None:
@@ -714,7 +716,8 @@ def check(members: Sequence[Member], canvases: Sequence[Canvas]) -> None:
     require(0 < M == len(canvases), f"give one canvas per member, got {len(canvases)} for {M}")
     for member, canvas in zip(members, canvases):
         ids = (member.mask_id, *member.eos_ids)
-        good = all(isinstance(i, int) for i in ids) and member.mask_id not in member.eos_ids
+        good = len(ids) > 1 and all(isinstance(i, int) for i in ids)
+        good = good and member.mask_id not in member.eos_ids
         given = f"{member.mask_id!r} and {member.eos_id!r}"
         require(good, f"{member}: mask_id and eos_id must be different token ids, got {given}")
         check_canvas(member, canvas)

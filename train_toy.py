@@ -193,7 +193,7 @@ def write(question: Tensor, products: Tensor) -> Tensor:
 # --- settings -------------------------------------------------------------------------------------
 
 NAMES = "ABCD"  # of members
-GAPS = len(FACTORS) ** 2 // len(NAMES)  # maximum per member, so that none is shared
+GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most per member: with more, members would share some
 
 
 def setting(default: float, text: str) -> Any:
@@ -275,7 +275,7 @@ def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple
 
 
 def states(batch: int, generator: torch.Generator) -> Tensor:
-    """(B, L) bool, masks from which the times table is learnt quickly.
+    """Returns masks (B, L) bool from which the times table is learnt quickly.
 
     One third of the sequences mask each token with probability t, drawn per sequence as in Eq. 4.
     One third mask everything, since totals and answer give the products away. The last third mask
@@ -308,10 +308,11 @@ def build(settings: Settings) -> mdlm.MDLM:
         mask_id=MASK,
         eos_id=EOS,
         pad_id=PAD,
-        rope_theta=100.0,  # wavelengths for 47 positions, not thousands
+        rope_theta=100.0,  # the default of 10,000 is for thousands of positions, not 47
     )
     model = mdlm.MDLM(config)
-    torch.nn.init.normal_(model.embed.weight, std=0.3)  # with the default 1 it drowns the layers
+    # With the default std of 1, the embedding outweighs what the layers add.
+    torch.nn.init.normal_(model.embed.weight, std=0.3)
     return model
 
 
@@ -364,7 +365,7 @@ def shares_right(asked: list[Problem], solved: list[list[int]]) -> dict[str, flo
 
 
 def mistake(problem: Problem, ids: list[int]) -> str:
-    """What a member wrote, and what is right on the line below."""
+    """A line with what a member wrote, and below it one with the right sequence."""
     correct = f"{'right:':>{PROMPT_LENGTH}} {readable(problem.sequence)}"
     return f"{problem.prompt} {readable(ids)}\n{correct}"
 
@@ -402,8 +403,8 @@ def train_members(plan: Plan, out: str | Path, device: str = "cpu") -> list[dict
 
 
 def check_device(device: str) -> None:
-    """ValueError with the first sentence of PyTorch's reason if the device cannot be used, or lacks
-    an operation that training or decoding needs."""
+    """Raises ValueError, with the first sentence of PyTorch's reason, if the device cannot be used
+    or lacks an operation that training or decoding needs."""
     try:
         model = build(Settings(width=8, layers=1)).to(device)
         tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
@@ -425,11 +426,11 @@ def start_worker(lock: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # the processes share the cores
-    tqdm.set_lock(lock)  # and the terminal for their progress bars
+    tqdm.set_lock(lock)  # their progress bars share the terminal
 
 
 def exit_with_parent() -> None:
-    """Without this, workers outlive a parent that was killed, and wait for work forever."""
+    """Exit when the parent does. A worker whose parent was killed would wait for work forever."""
     parent: Any = multiprocessing.parent_process()
     parent.join()
     os._exit(1)
@@ -439,7 +440,7 @@ def read_record(folder: Path, settings: Settings, names: str) -> dict | None:
     """The training record of a folder, or None if it is incomplete or holds another member."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        summary(record)
+        summary(record)  # raises if a field is missing
     except (OSError, ValueError, KeyError, TypeError):
         return None
     same = record == record | {"name": names, "settings": asdict(settings), "layout": LAYOUT}
@@ -467,7 +468,7 @@ def train_member(member: tuple[Path, Settings, str], row: int, device: str) -> N
         desc=f"member {folder.name}",
         total=settings.steps,
         position=row,
-        disable=None,  # except on a terminal
+        disable=None,  # no bar unless stderr is a terminal
     )
     curve = []
     for step, (loss, model) in enumerate(steps, 1):

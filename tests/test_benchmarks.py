@@ -212,33 +212,35 @@ KINDS = [  # task, gold, texts that say it, texts that don't
      r"4.67 ¦ 14 ¦ 3/14 ¦ 14/3x ¦ 14:33 ¦ 4 1/3 ¦ \frac{14}{3"),
     ("math500", r"4\sqrt{2}", r"4√2 ¦ 4√(2) ¦ 4 \sqrt 2 ¦ 4*sqrt(2) ¦ 4\cdot\sqrt(2) ¦ √32 ¦ 4√2 ≈ 5.66", r"4 ¦ 4√3 ¦ 4√ ¦ 4 \sqrt( ¦ √2 ¦ 5.66"),
     ("math500", r"\sqrt{51}", r"\sqrt 51 ¦ √51 ¦ sqrt 51 ¦ \sqrt(51)", r"\sqrt{5} ¦ \sqrt{5}1 ¦ 51"),
-    ("math500", r"12\pi", r"12π ¦ 12pi ¦ 12*pi ¦ 12 × π ¦ 12\pi\text{ cm}^2 ¦ 12π square feet", r"12 ¦ 12π² ¦ 37.7 ¦ 12\pi r"),
+    ("math500", r"12\pi", r"12π ¦ 12pi ¦ 12*pi ¦ 12 × π ¦ 12\pi\text{ cm}^2 ¦ 12\pi\,\mathrm{cm} ¦ 12π square feet", r"12 ¦ 12π² ¦ 37.7 ¦ 12\pi r"),
     ("math500", "6+9i", r"6 + 9*i ¦ 6+9\mathrm{i} ¦ 9i + 6 ¦ 6 + 9 i ¦ 6 + 9\imath", r"6 ¦ 6+9 ¦ 6-9i ¦ 9i"),
-    ("math500", "5", r"5 cm ¦ 5\text{ inches} ¦ 5.0 ¦ 10/2 ¦ $5$ cm ¦ x = 5 ¦ 5°",
-     r"5c ¦ 5\mathrm{i} ¦ 5 + \mathrm{e} ¦ 5 # 2 ¦ 5\imath ¦ 5½ ¦ 5² ¦ 5^- ¦ 5*10^3 ¦ 5 million ¦ 5, \ldots ¦ 5 or 3 ¦ 5 + ¦ \boxed{5}, \boxed{6}"),
+    ("math500", "5", r"5 cm ¦ 5\text{ inches} ¦ 5.0 ¦ 10/2 ¦ $5$ cm ¦ $5$ of them, as $2 + 4 - 1$ is ¦ x = 5 ¦ 5°",
+     r"5c ¦ 5\mathrm{i} ¦ 5 + \mathrm{e} ¦ 5 # 2 ¦ 5\imath ¦ 5½ ¦ 5² ¦ 5^- ¦ 5*10^3 ¦ 5 million ¦ 5 \ldots ¦ 5 or 3 ¦ 5 + ¦ \boxed{5}, \boxed{6}"),
     ("math500", "x^3+3x-6", r"x³ + 3x − 6 ¦ x**3 + 3*x - 6 ¦ x^{3}+3\cdot x-6 ¦ f(x) = x^3+3x-6", r"x^3 ¦ x^3+3x+6 ¦ x^2+3x-6"),
     ("math500", "10,\\!080", "10080 ¦ 10,080 ¦ 10{,}080 ¦ 10\\,080 ¦ 10 080 ¦ 10\u202f080 ¦ 10'080", "10 ¦ 10, 80 ¦ 10.080 ¦ 10 80"),
     ("math500", "(3,4]", r"3 < x ≤ 4 ¦ 3 < x <= 4 ¦ x ∈ (3, 4] ¦ \left(3, 4\right]", r"3 \le x \le 4 ¦ [3,4] ¦ (3,4) ¦ x > 3"),
     ("math500", r"(-\infty, 2) \cup (3, \infty)", "(-∞, 2) ∪ (3, ∞) ¦ (-infinity,2) U (3,+infinity)", "(-∞, 2) ¦ (-∞, 2] ∪ (3, ∞)"),
     ("math500", "3, 5, 7", r"\boxed{3}, \boxed{5}, \boxed{7} ¦ 7, 3 and 5 ¦ $3$, $5$, and $7$ ¦ \{3, 5, 7\}", "3, 5 ¦ 3 ¦ 3, 5, 8"),
-    ("math500", r"1 \pm \sqrt{19}", r"1 ± √19 ¦ x = 1 ± \sqrt{19} ¦ 1 + \sqrt{19} \text{ or } 1 - \sqrt{19}", "1 + √19 ¦ ±√19"),
+    ("math500", r"1 \pm \sqrt{19}", r"1 ± √19 ¦ 1 +/- √19 ¦ x = 1 ± \sqrt{19} ¦ 1 + \sqrt{19} \text{ or } 1 - \sqrt{19}", "1 + √19 ¦ ±√19"),
     ("math500", MATRIX, r"\left(\begin{array}{c} -\frac13 \\[2pt] 2 \end{array}\right) ¦ \begin{bmatrix} -1/3 \\ 2 \end{bmatrix}",
      r"\begin{pmatrix} 2 \\ -1/3 \end{pmatrix} ¦ \begin{pmatrix} -1/3 \\ -2 \end{pmatrix}"),
     ("math500", ".0000672", r"6.72 \times 10^{-5} ¦ 6.72*10^-5 ¦ 6.72 × 10⁻⁵", ".00007 ¦ .0000673"),
     ("math500", "52_8", "52_{8} ¦ 52₈ ¦ 52", "52_9 ¦ 25_8"),
     ("math500", r"28\%", r"28% ¦ 28 percent ¦ 28 ¦ 28\text{ percent}", "82% ¦ 2.8"),
-    ("gsm8k", "18", r"\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 9 x 2 ¦ Rs.18",
+    ("gsm8k", "18", r"""\$18.00 ¦ $18 ¦ - 18 apples ¦ 9 × 2 = $18 ¦ 18. (9 * 2) ¦ \frac{36}{2} ¦ She makes $18 a day. ¦ 18
+
+Because 16 - 3 = 13. ¦ 9 x 2 ¦ Rs.18""",
      r"18/5 ¦ \frac{18}{5} ¦ 18 million ¦ 2^{18} ¦ 18½ ¦ -18 ¦ –18 ¦ 18 000 ¦ 18:2 ¦ 18 = 9 ¦ \sqrt{18} ¦ \boxed{}"),
     ("gsm8k", "1250", "1,250 ¦ 1 250 ¦ 1\u2009250 ¦ 1\\,250 ¦ 1{,}250 ¦ 1'250 ¦ 1.25 thousand ¦ 1.25 × 10^3", "1 ¦ 250 ¦ 125"),
     ("gsm8k", "1.5", r"3/2 ¦ 1½ ¦ 1 1/2 hours ¦ 1\frac12 ¦ \frac{3}{2} ¦ 1.50", "1 ¦ 3 ¦ 1/2 ¦ 11/2"),
-    ("gsm8k", "1500000", r"1.5 million ¦ \$1.5 \text{ million} ¦ 1,500,000.00", "1.5 ¦ 1.5 billion"),
+    ("gsm8k", "1500000", r"1.5 million ¦ \$1.5 \text{ million} ¦ 1,500,000.00 ¦ 0.0015 billion", "1.5 ¦ 1.5 billion"),
     ("mmlu", "B", r"""b ¦ (B) ¦ B) iron ¦ b) iron ¦ (b) iron ¦ b. 4 ¦ B' ¦ <B> ¦ ‘B’ ¦ \text{(B)} ¦ B because A is not ¦ A car moves, so B ¦ A good choice is B. ¦
      ANSWER IS B. A is wrong. ¦ the answer is (b) ¦ Option B: iron ¦ Antwort: B ¦ \boxed{A = \pi r^2} Answer: B ¦ I think it's B""",
      "A car ¦ Don't know ¦ Vitamin B ¦ A = B + 1 ¦ A and B ¦ It's cold ¦ "),
     ("mmlu", "A", "A ¦ a) a car ¦ (A) Vitamin C ¦ A because B is not ¦ The answer is A.", "A car ¦ the answer is a car ¦ None of the above"),
     ("countdown", {"numbers": [6, 4, 3, 5], "target": 30},
      r"""(6 - 4) x 3 X 5 ¦ (6-4)∗3•5 ¦ (6 − 4) \* 3 \times 5 = 30. ¦ The expression (6-4)*3*5, which equals 30, is right ¦ [6-4]*3*5 -> 30 ¦
-     EXPRESSION = '(6-4)*3*5' ¦ 30 = (6-4)\cdot3\cdot5 (each number once) ¦ Use \((6-4)*3*5\) here""",
+     EXPRESSION = '(6-4)*3*5' ¦ 30 = (6-4)\cdot3\cdot5 (each number once) ¦ Use \((6-4)*3*5\) here ¦ It is (3*5*(6-4) = 30) ¦ (6-4)*3*5 (so 30)""",
      r"(6-4)*15 ¦ sqrt(6-4)*3*5 ¦ (6-4)*3*5*x ¦ (6-4)*3*5.5 ¦ (6-4)*3*5% ¦ 2(6-4)*3*5 ¦ (6-4)*3*5^2 ¦ (6-4)3*5 ¦ (6-4)*3*5 - 2"),
     ("countdown", {"numbers": [36, 16, 5], "target": 4}, r"\frac{36-16}{5} ¦ \dfrac{(36 - 16)}{5} = 4 ¦ (36-16) ÷ 5", "36-16/5"),
     ("countdown", {"numbers": [1, 81, 1, 0], "target": 81}, "-1+81+1+0 ¦ 81 - (-1 + 1 + 0)", "1 + 80"),
@@ -265,6 +267,7 @@ x \in [-2,7] ¦ [-2, 7]
 \frac{\sqrt{3}}{3} ¦ \frac{1}{\sqrt{3}}
 (a+5)(b+2) ¦ ab+2a+5b+10
 (0,9) \cup (9,36) ¦ (9,36) \cup (0,9)
+e^2 ¦ exp(2)
 \tan^2(y)+1 ¦ \sec^2(y)
 2x+4y-3=0 ¦ y = -\frac{1}{2}x + \frac{3}{4}
 m \geq \sqrt{2} ¦ m \in [\sqrt{2}, +\infty)"""
@@ -337,6 +340,7 @@ def test_the_grader_ends_with_its_parent_and_ignores_ctrl_c():
     """The program is read from stdin, which a process of multiprocessing couldn't import again."""
     code = """if True:
         import benchmarks, os, signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         assert benchmarks.math_equal("x", "x")
         try:
             os.killpg(0, signal.SIGINT)
@@ -534,6 +538,7 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
     "kill the parent": "import os\nfor pid in ({pid}, os.getppid()):\n    try: os.kill(pid, 9)\n    except OSError: pass\n"
     "    else: assert False",
     "system": "import os, sys\nfor folder in ('/', '/usr', '/dev', '/etc', sys.prefix, os.path.dirname(os.__file__)):\n"
+    "    assert os.statvfs(folder).f_flag & os.ST_RDONLY, folder\n"
     "    try: open(folder + '/x', 'w')\n    except OSError: pass\n    else: assert False, folder",
     "root": "import os\nassert os.getuid() != 0 or open('/proc/self/uid_map').read().split()[:2] != ['0', '0']",
     "full /tmp": "import errno\ntry:\n    for i in range(100): open(f'/tmp/{{i}}', 'wb').write(bytes(10 ** 6))\n"

@@ -1,5 +1,6 @@
 """A benchmark's whole command on a tiny LLaDA and a tiny Dream with random weights."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -74,6 +75,18 @@ def test_killed_and_resumed_it_leaves_the_same_records(folders, data, whole, tmp
     run(folders, data, "--out", tmp_path)
     assert {*before} < {*records(tmp_path)} and records(tmp_path) == records(whole)
     assert cells(tmp_path) == cells(whole)
+
+
+def test_a_second_command_does_not_write_to_the_same_file(folders, data, whole, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    [file] = out.glob("*.jsonl")
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        before = file.read_bytes()
+        assert evaluation.main(arguments(folders, data, "--out", out)) == 2
+        assert "is in use by another command" in capsys.readouterr().err
+    run(folders, data, "--out", out)
+    assert file.read_bytes() == before
 
 
 def test_a_complete_run_decodes_nothing_wherever_its_files_are(
