@@ -24,7 +24,6 @@ def poisoned(name):
 CASES = [
     # what to do
     ("eval nonsense", "what must be any of main 1 2 ..., got nonsense"),
-    ("eval 4", "got 4"),
     ("eval main gsm8k --members a=llada b=dream --data test.jsonl", "a benchmark must be run alone"),
     ("eval gsm8k", "needs --members and --data"),
     ("eval gsm8k --members a=llada b=dream", "needs --members and --data"),
@@ -79,7 +78,6 @@ CASES = [
         write("code.json", '[{"task_id": 2, "prompt": "P", "test_imports": [], "test_list": ["f()"]}]'),
     ),
     # training
-    ("train_toy --step 3", "--step"),
     ("train_toy --steps many", "--steps: invalid int value: 'many'"),
     ("train_toy --gaps 40", "gaps must be 0 to 16, got 40"),
     ("train_toy --members 5", "--members: invalid choice: 5"),

@@ -260,7 +260,6 @@ def test_a_claim_holds_if_the_intervals_of_all_its_differences_are_above_zero(ev
 def test_json_of_several_seeds_has_their_mean_and_values(toys):
     found = json.loads(run("1", "8", "--seeds", 2, "--seed", 3, "--json"))
     assert {*found} == {"settings", "versions", "problems", "tables"} and found["problems"] == N
-    assert found["settings"]["config"]["interval"] == 4
     alone = [tables("1", "8", "--seed", seed) for seed in (3, 4)]
     for name, table in found["tables"].items():
         assert {*table} == {"title", "cells", "claims", "paper"}
@@ -278,12 +277,10 @@ def test_json_of_several_seeds_has_their_mean_and_values(toys):
 def test_a_printed_table_has_title_cells_paper_and_claims(toys):
     assert "no sample" in run("1", "--problems", 1)
     out = run("1", "10")
-    assert re.search(
-        r"^Table 1: .*\n +correct +incorrect\nmember A +\d+\.\d+ \[", out, re.MULTILINE
-    )
-    assert re.search(r"^paper, GSM8K +83.47 +81.65 +83.17$", out, re.MULTILINE)
+    assert re.search(r"(?m)^Table 1: .*\n +correct +incorrect\nmember A +\d+\.\d+ \[", out)
+    assert re.search(r"(?m)^paper, GSM8K +83.47 +81.65 +83.17$", out)
     out = out.replace("\n    ", " ")
-    assert re.search(r"^The lowest C~ .*: undecided \(.*: \+\d+\.\d \[", out, re.MULTILINE)
+    assert re.search(r"(?m)^The lowest C~ .*: undecided \(.*: \+\d+\.\d \[", out)
 
 
 # --- decodings that are kept ----------------------------------------------------------------------
@@ -364,7 +361,7 @@ def test_unsolved_traces_are_of_problems_that_only_tie_solves(toys):
     only = decoded()[2] & ~decoded(interval=T)[1].any(1)
     chosen = [problem.prompt for problem, yes in zip(ASKED, only) if yes]
     out = run("trace", "--count", N, "--unsolved")
-    assert re.findall(r"^([0-9].*\*.=) ", out, re.MULTILINE) == chosen != []
+    assert re.findall(r"(?m)^([0-9].*\*.=) ", out) == chosen != []
 
 
 def test_colours_are_for_terminals_only(toys, monkeypatch):
@@ -372,8 +369,7 @@ def test_colours_are_for_terminals_only(toys, monkeypatch):
     terminal = type("Terminal", (io.StringIO,), {"isatty": lambda self: True})
     monkeypatch.setattr(io, "StringIO", terminal)
     coloured = run("trace")
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert run("trace") == plain == re.sub(r"\033\[[0-9;]*m", "", coloured) != coloured
+    assert plain == re.sub(r"\033\[[0-9;]*m", "", coloured) != coloured
 
 
 def test_figures_are_drawn(toys, tmp_path):

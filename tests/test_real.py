@@ -51,7 +51,7 @@ def test_records_and_summary_are_complete(whole, data):
     questions = [json.loads(line) for line in data.read_text().splitlines()]
     assert [record["gold"] for record in kept] == [q["answer"].split()[1] for q in questions]
     for record in kept:
-        assert len(record["answers"]) == len(record["texts"]) == 2 and record["leaders"]
+        assert len(record["texts"]) == 2 and min(record["leaders"]) >= 0
         right = [answer == record["gold"] for answer in record["answers"]]
         assert record["correct"] == right and record["winner"] in (0, 1)
     found = summary(whole)
@@ -159,14 +159,13 @@ def test_a_cache_that_is_always_refreshed_is_exact(folders, data, whole, tmp_pat
     assert records(tmp_path / "1") == records(whole)[:4] != records(tmp_path / "8")
 
 
-def test_members_alone_and_post_generation(folders, data, tmp_path, monkeypatch, capsys):
+def test_members_alone_and_post_generation(folders, data, tmp_path, monkeypatch):
     def grade(task, question, text, run_code):
         return text, len(question.prompt + text) % 3 == 0
 
     monkeypatch.setattr(evaluation.benchmarks, "grade", grade)
     run(folders, data, "--single", "--out", tmp_path / "single")
     run(folders, data, "--interval", 256, "--out", tmp_path / "post")
-    out = capsys.readouterr().out
     alone = cells(tmp_path / "single")
     post = cells(tmp_path / "post")
     assert alone.items() <= post.items()
@@ -177,7 +176,6 @@ def test_members_alone_and_post_generation(folders, data, tmp_path, monkeypatch,
         assert post[f"member {name}", "accuracy"] == pytest.approx(right / 6)
     assert {row for row, _ in post} == {"member llada", "member dream", "oracle", "post-generation"}
     assert 0 < post["oracle", "accuracy"] < 1
-    assert "paper, LLaDA" in out and "78.77" in out and "80.29" in out
 
 
 def test_processes_of_torchrun_share_the_questions(folders, data, tmp_path, monkeypatch):
@@ -216,12 +214,17 @@ def test_processes_and_members_take_the_gpus_in_turn(
 
 def test_equal_vocabularies_share_a_codec(folders, data, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(evaluation, "decode", lambda members, *_: given.extend(members) or 1 / 0)
+    monkeypatch.setattr(evaluation, "decode", lambda *args: given.extend(args) or 1 / 0)
     members = {"a": folders["dream"], "b": folders["dream"], "c": folders["llada"]}
     with pytest.raises(ZeroDivisionError):
         run(members, data, "--dtype", "bfloat16", "--out", tmp_path)
-    assert given[0].codec is given[1].codec is not given[2].codec
-    assert {member.denoise.embed.weight.dtype for member in given} == {torch.bfloat16}
+    members, canvases, _, _, text, _ = given
+    codec = members[0].codec
+    assert codec is members[1].codec is not members[2].codec
+    assert {member.denoise.embed.weight.dtype for member in members} == {torch.bfloat16}
+    suffix = slice(canvases[0].reasoning.stop, canvases[0].answer.start)
+    assert codec.decode(canvases[0].tokens[1, suffix].tolist()) == b"\nAnswer:"
+    assert text(0, codec.encode("ab") + [codec.eos_id[0]] + codec.encode("c")) == "ab"
 
 
 # --- the Hub --------------------------------------------------------------------------------------
