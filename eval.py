@@ -348,20 +348,21 @@ def merge(cells: list[Cell]) -> dict[str, Any]:
     first = cells[0]
     sign = "+" if first.signed else ""
     estimates = [cell.estimate() for cell in cells]
-    values = [value for value, _, _ in estimates]
-    value, low, high = estimates[0]
-    text = first.show(value, sign)
-    if low < high:
-        text += f" [{first.show(low, sign)}, {first.show(high, sign)}]"
-    ci95 = [low, high]
-    if len(cells) > 1:
-        value = float(np.mean(values))
-        text = f"{first.show(value, sign)} ± {first.show(float(np.std(values, ddof=1)), '')}"
-        ci95 = None
-    n = len(first.groups[0])
-    if not all(map(math.isfinite, values)):  # JSON has no NaN
-        return {"value": None, "ci95": None, "n": n, "values": None, "text": "no sample"}
-    return {"value": value, "ci95": ci95, "n": n, "values": values, "text": text}
+    known = [value for value, _, _ in estimates if math.isfinite(value)]
+    # JSON has no NaN.
+    values = [value if math.isfinite(value) else None for value, _, _ in estimates]
+    merged: dict[str, Any] = {"value": None, "ci95": None, "text": "no sample"}
+    merged |= {"n": len(first.groups[0]), "values": values}
+    if len(cells) > 1 and len(known) > 1:
+        value = float(np.mean(known))
+        deviation = first.show(float(np.std(known, ddof=1)), "")
+        merged |= {"value": value, "text": f"{first.show(value, sign)} ± {deviation}"}
+    elif len(cells) == 1 and known:
+        value, low, high = estimates[0]
+        interval = f" [{first.show(low, sign)}, {first.show(high, sign)}]" if low < high else ""
+        text = first.show(value, sign) + interval
+        merged |= {"value": value, "ci95": [low, high], "text": text}
+    return merged
 
 
 def as_data(tables: list[Table]) -> dict[str, Any]:
