@@ -306,19 +306,35 @@ def run_code(
     token = secrets.token_hex(16)
     rules = _seccomp().hex()
     tasks = 1024 if rules else 0  # without rules, room for threads would be room for processes
-    limits = {"CPU": math.ceil(timeout), "AS": memory, "FSIZE": 1 << 20, "NPROC": tasks, "NOFILE": 64, "CORE": 0}  # fmt: skip
+    limits = {
+        "CPU": math.ceil(timeout),
+        "AS": memory,
+        "FSIZE": 1 << 20,
+        "NPROC": tasks,
+        "NOFILE": 64,
+        "CORE": 0,
+    }
     nobody = 65534 if confined and os.getuid() == 0 else None
     job = json.dumps([sources, token, limits, rules, nobody]).encode()
     command = [*(_bubblewrap() if confined else []), PYTHON, "-I", "-B", "-c", RUNNER]
     with (
-        suppress(subprocess.TimeoutExpired, RecursionError),  # nested folders are too deep to be removed
-        nullcontext() if confined else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        suppress(
+            subprocess.TimeoutExpired, RecursionError
+        ),  # nested folders are too deep to be removed
+        nullcontext()
+        if confined
+        else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as result,  # limited in size, unlike a pipe's reader
         subprocess.Popen(
-            command, cwd=folder, env={"OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=result, stderr=subprocess.DEVNULL,
+            command,
+            cwd=folder,
+            env={"OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=result,
+            stderr=subprocess.DEVNULL,
         ) as process,
-    ):  # fmt: skip
+    ):
         try:
             process.communicate(job, timeout)
         finally:

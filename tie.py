@@ -8,11 +8,13 @@ algorithm; what it calls follows in the order of the paper.
 Symbol, equation or section of the paper -> name here
     M, m                number of models, index of one: `members`
     n                   ensemble interval, steps between two relays (Sec. 4.1): `Config.interval`
-    t, T                a denoising step, number of steps of a whole decoding: `Run.step`
+    t                   a denoising step: `Run.step`
+    T                   number of steps of a whole decoding
     T_m                 trajectory, a partly denoised sequence: `Canvas`, held by a `Run`
     A_m^(t)             answer-relevant positions (App. A.4): `Reading.relevant`
     Sec. 5.1, 5.3       low-confidence remasking; threshold and top-k: `commit`
-    C(n), C~(n)         token change count, Eq. 5; normalised, Eq. 7: `token_change_count`
+    C(n), C~(n)         token change count, Eq. 5; normalised, Eq. 7: `token_change_count`; its
+                        inner sum, which `Run.step` adds up: `count_changes`
     Score               -C(n) or -C~(n), Eq. 6: `Tally.score`
     f(T_m; m')          top-1 probability, negative entropy, margin (Sec. 4.2): `predict`
     mean of f over m'   cross-model score, Eq. 8: `assess`
