@@ -317,13 +317,12 @@ def run_code(
     nobody = 65534 if confined and os.getuid() == 0 else None
     job = json.dumps([sources, token, limits, rules, nobody]).encode()
     command = [*(_bubblewrap() if confined else []), PYTHON, "-I", "-B", "-c", RUNNER]
+    # Folders that are nested a thousand deep can't be removed.
+    ignored = suppress(subprocess.TimeoutExpired, RecursionError)
+    place = nullcontext() if confined else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with (
-        suppress(
-            subprocess.TimeoutExpired, RecursionError
-        ),  # nested folders are too deep to be removed
-        nullcontext()
-        if confined
-        else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        ignored,
+        place as folder,
         tempfile.TemporaryFile() as result,  # limited in size, unlike a pipe's reader
         subprocess.Popen(
             command,
