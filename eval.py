@@ -859,6 +859,12 @@ def show_traces(toy: Toy) -> None:
 # --- figures --------------------------------------------------------------------------------------
 
 
+SLOWLY: dict[str, Any] = {
+    "top_k": 1,
+    "threshold": None,
+}  # whatever the options say, so that there are T steps
+
+
 def new_figure(width: float, height: float, *panels: int, **shared: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -875,7 +881,7 @@ def draw_figure_1(toy: Toy) -> Any:
         panels[i][0].set_ylabel(label)
         for panel, name in zip(panels[i], toy.names):
             # A single member isn't scored, so decode with two copies of it.
-            run = toy.run([name, name], score=score, interval=1, cross_model=False)
+            run = toy.run([name, name], score=score, interval=1, cross_model=False, **SLOWLY)
             scores = np.array([r["scores"] for r in run.records], dtype=float)  # (N, T - 1, 2)
             curves = np.ma.masked_invalid(scores[:, :, 0])
             curves = -curves if score == "negative_entropy" else curves
@@ -898,7 +904,7 @@ def draw_figure_3(toy: Toy) -> Any:
     n = toy.job.config.interval
     looks = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "D:"))
     for k, ((name, settings), (colour, style)) in enumerate(zip(TIE.items(), looks)):
-        leaders = [record["leaders"] for record in toy.run(**settings).records]
+        leaders = [record["leaders"] for record in toy.run(**settings, **SLOWLY).records]
         relays = range(1, max(map(len, leaders)))
         changed = [np.array([x[i] != x[i - 1] for x in leaders if len(x) > i]) for i in relays]
         rates = np.array([fraction(flags).estimate() for flags in changed]).reshape(-1, 3)
@@ -935,7 +941,7 @@ def draw_trace(toy: Toy) -> Any:
             if leader >= 0:
                 panel.axhline(step + 0.5, color="black", linewidth=0.7)
             if leader == m:
-                panel.text(T, step + 0.5, "leads", fontsize=6, va="center")
+                panel.text(T, step + 0.4, "leads", fontsize=6, va="bottom")
         panel.set(title=f"member {trace.names[m]}", xlim=(-0.5, T + 3), ylim=(T + 0.5, 0.5))
         panel.set_xticks([5.5, 17.5, 27.5], ["products", "running totals", "answer"], fontsize=8)
     panels[0].set_ylabel("decoding step")
