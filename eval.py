@@ -859,10 +859,8 @@ def show_traces(toy: Toy) -> None:
 # --- figures --------------------------------------------------------------------------------------
 
 
-SLOWLY: dict[str, Any] = {
-    "top_k": 1,
-    "threshold": None,
-}  # whatever the options say, so that there are T steps
+# The figures have T steps, whatever the options say.
+SLOWLY: dict[str, Any] = {"top_k": 1, "threshold": None}
 
 
 def new_figure(width: float, height: float, *panels: int, **shared: Any) -> tuple[Any, Any]:
