@@ -907,7 +907,8 @@ def draw_figure_3(toy: Toy) -> Any:
         changed = [np.array([x[i] != x[i - 1] for x in leaders if len(x) > i]) for i in relays]
         rates = np.array([fraction(flags).estimate() for flags in changed]).reshape(-1, 3)
         value, low, high = 100 * rates.T
-        steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in relays]  # shifted, to be told apart
+        # Shifted, so that the bars don't overlap.
+        steps = [n * (i + 1) / T + 0.012 * (k - 1.5) for i in relays]
         label = name.removeprefix("tie ").replace("_", " ").replace("top1", "top-1")
         bars = (value - low, high - value)
         panel.errorbar(steps, value, bars, fmt=style, color=colour, elinewidth=0.8, label=label)

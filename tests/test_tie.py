@@ -308,7 +308,7 @@ def test_token_change_count_of_the_papers_figure_2():
 
 
 def counted(steps):
-    """C~ of comparisons with so many changes among so many positions."""
+    """C~ of comparisons, given the changes and the positions of each."""
     tokens = torch.zeros(len(steps) + 1, 1, 40, dtype=torch.int64)
     relevant = torch.zeros_like(tokens, dtype=torch.bool)
     for t, (changes, size) in enumerate(steps):
