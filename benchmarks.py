@@ -350,7 +350,8 @@ def _bubblewrap() -> list[str]:
     bwrap = shutil.which("bwrap")
     if not bwrap:
         raise ValueError(
-            "--run-code needs bwrap: apt-get install bubblewrap, or in a container --run-code unconfined"
+            "--run-code needs bwrap, which is for Linux: apt-get install bubblewrap; on a Mac or in a "
+            "container: --run-code unconfined, which runs the code with your rights"
         )
     rights = "--cap-add CAP_SETUID --cap-add CAP_SETGID" if os.getuid() == 0 else "--unshare-user"
     own = (
