@@ -287,7 +287,7 @@ class Reading(NamedTuple):
     answer_token: Tensor  # (B, A) int64, top-1 at the answer positions, or the token once committed
     relevant: Tensor  # (B, A) bool, A^(t)
     top1: Tensor  # (B,) float32, mean top-1 probability over A^(t)
-    score: Tensor  # (B,) float32, f(T; m), the logit score of the config; top1 if it names none
+    score: Tensor | None  # (B,) float32, f(T; m), the logit score of the config if it names one
 
 
 # A reading -> (B, W) bool, the positions to commit in addition to each row's most confident one.
@@ -353,13 +353,13 @@ class Run:
         asked = SCORES if self.config.commit else (self.config.score,)
         token, f = predict(logits, self.member.mask_id, asked)  # (B, K)
         top1 = f["top1_probability"]
-        value = f.get(self.config.score, top1)
         W = block.shape[1]
         relevant = undecided.gather(1, window)  # (B, w)
         self.nan = self.nan | (top1.isnan() & torch.cat([masked, relevant], 1)).any()
         answer_token = torch.where(relevant, token[:, W:], answer.gather(1, window))  # (B, w)
         for eos in self.member.eos_ids:
             relevant = relevant & (answer_token != eos)
+        means = {name: mean_over(each[:, W:], relevant) for name, each in f.items()}  # (B,)
         return Reading(
             member=self.index,
             positions=block,
@@ -370,8 +370,8 @@ class Run:
             margin=f["probability_margin"][:, :W] if self.config.commit else None,
             answer_token=answer.scatter(1, window, answer_token),
             relevant=torch.zeros_like(undecided).scatter(1, window, relevant),
-            top1=mean_over(top1[:, W:], relevant),
-            score=mean_over(value[:, W:], relevant),
+            top1=means["top1_probability"],
+            score=means.get(self.config.score),
         )
 
     def stop_at_eos(self) -> None:
