@@ -95,6 +95,9 @@ class Config:
     threshold: float | int | None = None  # tau: also commit every token more probable than this
     commit: CommitRule | None = None  # a rule of your own, called at each step of each member
     answer_window: int | None = None  # read only the first masked answer positions; 8 for code
+    # Not in the paper: end a row at the first EOS of its answer, once nothing before it is masked.
+    # Plain decoding gives the same text. TIE may not, since relays of that row end earlier.
+    stop_at_eos: bool = False
 
     def __post_init__(self):
         for field in fields(self):
@@ -284,7 +287,7 @@ class Reading(NamedTuple):
     answer_token: Tensor  # (B, A) int64, top-1 at the answer positions, or the token once committed
     relevant: Tensor  # (B, A) bool, A^(t)
     top1: Tensor  # (B,) float32, mean top-1 probability over A^(t)
-    score: Tensor  # (B,) float32, f(T; m), the logit score of the config; top1 if it names none
+    score: Tensor | None  # (B,) float32, f(T; m), the logit score of the config if it names one
 
 
 # A reading -> (B, W) bool, the positions to commit in addition to each row's most confident one.
@@ -301,6 +304,7 @@ class Run:
         self.member = member
         self.config = config
         self.canvas = replace(canvas, tokens=canvas.tokens.clone(), masked=canvas.masked.clone())
+        self.stop_at_eos()
         self.block_ends = block_ends(canvas, config.block_size)  # (L,)
         self.window = 0 if alone else config.answer_window  # nobody scores a single member
         self.answer_token = canvas.tokens[:, canvas.answer]  # (B, A), of the last step
@@ -328,6 +332,7 @@ class Run:
         self.answer_token = reading.answer_token
         self.relevant = reading.relevant
         self.canvas = commit(self.canvas, reading, self.config)
+        self.stop_at_eos()
         self.next = None
 
     def read(self, canvas: Canvas) -> Reading:
@@ -348,13 +353,13 @@ class Run:
         asked = SCORES if self.config.commit else (self.config.score,)
         token, f = predict(logits, self.member.mask_id, asked)  # (B, K)
         top1 = f["top1_probability"]
-        value = f.get(self.config.score, top1)
         W = block.shape[1]
         relevant = undecided.gather(1, window)  # (B, w)
         self.nan = self.nan | (top1.isnan() & torch.cat([masked, relevant], 1)).any()
         answer_token = torch.where(relevant, token[:, W:], answer.gather(1, window))  # (B, w)
         for eos in self.member.eos_ids:
             relevant = relevant & (answer_token != eos)
+        means = {name: mean_over(each[:, W:], relevant) for name, each in f.items()}  # (B,)
         return Reading(
             member=self.index,
             positions=block,
@@ -365,9 +370,24 @@ class Run:
             margin=f["probability_margin"][:, :W] if self.config.commit else None,
             answer_token=answer.scatter(1, window, answer_token),
             relevant=torch.zeros_like(undecided).scatter(1, window, relevant),
-            top1=mean_over(top1[:, W:], relevant),
-            score=mean_over(value[:, W:], relevant),
+            top1=means["top1_probability"],
+            score=means.get(self.config.score),
         )
+
+    def stop_at_eos(self) -> None:
+        """Completes the rows whose answer has an EOS with no mask before it: masks become EOS.
+
+        Our decision: tokens after that EOS that are already committed stay.
+        """
+        if not self.config.stop_at_eos:
+            return
+        canvas = self.canvas  # of which nobody else holds a tensor
+        settled = canvas.masked.cumsum(1) == 0  # (B, L), no mask up to here
+        for eos in self.member.eos_ids:
+            found = (settled & (canvas.tokens == eos))[:, canvas.answer]  # (B, A)
+            rest = canvas.masked & found.any(1, keepdim=True)  # (B, L)
+            canvas.tokens.masked_fill_(rest, self.member.eos_ids[0])
+            canvas.masked &= ~rest
 
     def steps_left(self) -> Tensor:
         """(B,) steps until each row is complete, at top_k per step; no step crosses a block."""
@@ -380,12 +400,12 @@ class Run:
 def generate(runs: list[Run]) -> int:
     """Every model decodes alone for n steps, or to its end. Returns the number of steps made.
 
-    With top_k the number of steps is known beforehand: nothing waits for a device, so members on
-    different devices overlap. Otherwise it depends on the data, and each member is asked before
-    each step whether it has masks left.
+    With top_k and without stop_at_eos, the number of steps is known beforehand: nothing waits for a
+    device, so members on different devices overlap. Otherwise it depends on the data, and each
+    member is asked before each step whether it has masks left.
     """
     config = runs[0].config
-    known = config.threshold is None and config.commit is None
+    known = config.threshold is None and config.commit is None and not config.stop_at_eos
     most = [int(run.steps_left().max()) for run in runs]  # an upper bound unless known
     for run in runs:
         run.round = run.nothing

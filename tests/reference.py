@@ -107,6 +107,7 @@ class Trajectory:
         self.steps: list[tuple[Fraction | None, Mean]] = []  # changes, top-1 probability over A^(t)
         self.round_start = 0
         self.extra_forwards = 0
+        self.stop_at_eos()
 
     def look(self, units: list[int | None]) -> dict[int, Guess]:
         """One forward: a guess for each masked position."""
@@ -142,7 +143,15 @@ class Trajectory:
             self.steps.append((count, mean(A, guesses, "top1_probability")))
             for i in self.chosen(guesses, self.masked_blocks()[0]):
                 self.units[i] = guesses[i].token
+            self.stop_at_eos()
         return len(self.steps) - self.round_start
+
+    def stop_at_eos(self) -> None:
+        """Completes the row if the answer has an EOS and no mask before it. Tokens stay."""
+        ends = eos_ids(self.member) if self.config.stop_at_eos else ()
+        for i in self.answer:
+            if self.units[i] in ends and None not in self.units[:i]:
+                self.units = [ends[0] if unit is None else unit for unit in self.units]
 
     def chosen(self, guesses: dict[int, Guess], block: list[int]) -> list[int]:
         """The positions to commit."""

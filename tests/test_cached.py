@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -174,26 +175,31 @@ def test_refreshed_at_each_block_it_is_the_dual_cache(seed, W, layers):
     assert decoded.tokens[0].tolist() == dual_cache(model, canvas, W).tolist()
 
 
-def ensemble(models, prompts, refresh, score):
+def ensemble(models, prompts, refresh, **settings):
     """Candidates without padding, by row and member."""
     denoisers = [mdlm.Cached(model, refresh) if refresh else model for model in models]
     members = [tie.Member(denoise, MASK, (8, 9)) for denoise in denoisers]
     canvas = tie.Canvas.blank(prompts, [1], 8, 4, mask_id=MASK, pad_id=8)
-    config = tie.Config(block_size=4, interval=3, score=score)
+    config = tie.Config(block_size=4, interval=3, **settings)
     candidates = tie.ensemble(members, [canvas, canvas], config).candidates
     starts = [canvas.reasoning.start - len(prompt) for prompt in prompts]
     return [[c.tokens[b, at:].tolist() for c in candidates] for b, at in enumerate(starts)]
 
 
 @settings(max_examples=6)
-@given(seed=st.integers(0, 999), score=st.sampled_from(tie.SCORES), shift=st.booleans())
-def test_in_an_ensemble(seed, score, shift):
+@given(
+    seed=st.integers(0, 999),
+    score=st.sampled_from(tie.SCORES),
+    shift=st.booleans(),
+    stop_at_eos=st.booleans(),
+)
+def test_in_an_ensemble(seed, score, shift, stop_at_eos):
     models = [build(replace(TOY, shift=shift), s) for s in (seed, seed + 1)]
     prompts = [[3, 4, 5], [6], [7, 2]]
-    assert ensemble(models, prompts, 1, score) == ensemble(models, prompts, None, score)
-    score = "token_change_count"
-    alone = [ensemble(models, [prompt], 3, score)[0] for prompt in prompts]
-    assert ensemble(models, prompts, 3, score) == alone
+    run = partial(ensemble, models, stop_at_eos=stop_at_eos)
+    assert run(prompts, 1, score=score) == run(prompts, None, score=score)
+    alone = [run([prompt], 3)[0] for prompt in prompts]
+    assert run(prompts, 3) == alone
 
 
 @torch.no_grad()

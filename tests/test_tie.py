@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from itertools import combinations, product
+from itertools import combinations, product, takewhile
 
 import pytest
 import torch
@@ -70,6 +70,7 @@ def configs(**fixed):
         "cross_model": st.booleans(),
         "normalize": st.booleans(),
         "answer_window": st.none() | st.integers(1, 4),
+        "stop_at_eos": st.booleans(),
         "quota": st.sampled_from(QUOTAS),
     }
     return st.builds(lambda quota, **others: Config(**others | quota | fixed), **choices)
@@ -294,6 +295,53 @@ def test_probabilities_are_float32_and_large_vocabularies_read_in_parts_give_the
         assert all(torch.equal(g[name][0], f[name][b]) for name in f)
 
 
+def over(canvas, b, eos_ids):
+    """Whether row b is complete or has an EOS in its answer and no mask before it."""
+    first_mask = [*canvas.masked[b].tolist(), True].index(True)
+    settled = canvas.tokens[b, canvas.answer.start : first_mask].tolist()
+    return not canvas.masked[b].any() or not {*eos_ids}.isdisjoint(settled)
+
+
+@given(problems(members=[1], stop_at_eos=True))
+def test_stopping_at_eos_keeps_the_text_and_cuts_plain_decoding_short(problem):
+    (one,), (canvas,), config = problem
+    states = [canvas]
+
+    def on_round(state):
+        states.append(replace(canvas, tokens=state["tokens"][0], masked=state["masked"][0]))
+
+    tie.ensemble([one], [canvas], replace(config, interval=1, stop_at_eos=False), on_round)
+    stopped = tie.ensemble(*problem)
+    steps = []
+    for b, got in enumerate(stopped.candidates[0].tokens):
+        steps.append([over(state, b, one.eos_ids) for state in states].index(True))
+        last = states[steps[b]]
+        assert torch.equal(got, last.tokens[b].masked_fill(last.masked[b], one.eos_ids[0]))
+        texts = [
+            [*takewhile(lambda i: i not in one.eos_ids, tokens[canvas.answer].tolist())]
+            for tokens in (got, states[-1].tokens[b])
+        ]
+        assert texts[0] == texts[1]
+    assert stopped.forwards == sum(steps) / len(steps) and stopped.candidates[0].complete.all()
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_only_an_eos_in_the_answer_stops_and_what_is_committed_stays(M):
+    one = replace(saying([0, 1, 2, 9]), eos_id=(1, 3))
+    config = Config(interval=2, stop_at_eos=True)
+    canvas = Canvas.blank([[1, 3]], [3], 4, 5, mask_id=0, pad_id=1)
+    canvas.masked[0, -2] = False
+    canvas.tokens[0, -2] = 2
+    result = tie.ensemble([one] * M, [canvas] * M, config)
+    assert result.forwards == 5 * M
+    for got in result.candidates:
+        assert got.tokens.tolist() == [[1, 3, 3, 3, 3, 3, 3, 3, 1, 1, 2, 1]]
+        again = replace(canvas, tokens=got.tokens, masked=got.tokens == 1)
+        again.masked[0, 0] = False
+        done = tie.ensemble([one] * M, [again] * M, config)
+        assert done.forwards == 0 and torch.equal(done.candidates[0].tokens, got.tokens)
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -452,7 +500,7 @@ class NoFloat64(TorchDispatchMode):
 
 @pytest.mark.parametrize("codecs", [(SHORT, SHORT), (SHORT, LONG)])
 @pytest.mark.parametrize(
-    "quota", [{"top_k": 2}, {"threshold": 0.4}, {"commit": entropy_bound(1.0)}]
+    "quota", [{"stop_at_eos": True}, {"threshold": 0.4}, {"commit": entropy_bound(1.0)}]
 )
 @pytest.mark.parametrize("score", SCORES)
 def test_tensors_are_made_on_the_device_of_a_canvas_and_never_in_float64(score, quota, codecs):
@@ -493,7 +541,7 @@ def test_the_defaults_are_the_papers_and_a_canvas_is_padded_on_the_left():
     [
         ("score", "tcc"), ("score", ["x"]), ("interval", 2.5), ("interval", True), ("interval", 0),
         ("block_size", 0), ("top_k", 0), ("answer_window", 0), ("commit", 3),
-        ("normalize", "false"), ("normalize", 1), ("cross_model", "no"),
+        ("normalize", "false"), ("normalize", 1), ("cross_model", "no"), ("stop_at_eos", 1),
         ("threshold", True), ("threshold", "0.9"),
         ("threshold", 0.0), ("threshold", 1.01), ("threshold", math.nan),
     ],
