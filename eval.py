@@ -212,7 +212,7 @@ class Toy:
         self.names = tuple(train_toy.NAMES[:2])
         device = args.device[0] if args.device else "cpu"
         folder = args.checkpoints / f"toy-seed{seed}"
-        config = config_of(args, interval=2)
+        config = config_of(args, interval=4)
         self.job = Job(folder, self.names, config, (), device, args.dtype, args.cache)
         records = self.train(train_toy.plan_members(self.settings))
         accuracy = {record["name"]: record["validation_accuracy"] for record in records}
@@ -1267,7 +1267,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for figures or a benchmark's records")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--interval", type=int, help="steps between relays (default: 2, or the paper's)")
+    add("--interval", type=int, help="steps between relays (default: 4, or the paper's)")
     add("--score", default=tie.SCORES[0], choices=tie.SCORES, help="for a trace or a benchmark")
     add("--block-size", type=int, default=16, help="block size of semi-autoregressive decoding")
     add("--top-k", type=int, default=1, help="tokens committed per step")

@@ -14,9 +14,13 @@ rotary attention learns in a third of the time. A sequence has 47 tokens.
 
 The products are knowledge. Each member has gaps: facts of the times table for which it only ever
 saw random results, so it learns to be unsure about them. No two members share a gap. Totals and
-answer are a skill that every member has, and they must be *read* off the products: most training
-sequences hide the multiplicand and give the products, and everything after a product follows from
-it, right or wrong.
+answer are a skill that every member has, and they must be *read* off the products: training hides
+half of the multiplicand's digits, gives their products, and lets everything after a product follow
+from it, right or wrong.
+
+Members also notice mistakes. Some products next to a visible digit are wrong in training, and in
+half of these cases what follows is nevertheless right. So a member that knows a fact doubts the
+answer that another member has derived from a wrong product.
 
 Example: python train_toy.py --seed 0 --out checkpoints/toy
 """
@@ -171,13 +175,14 @@ def digits(question: Tensor) -> Tensor:
     return question[:, :1] // 10 ** torch.arange(COLUMNS).flip(0) % 10
 
 
-def write(question: Tensor, products: Tensor) -> Tensor:
+def write(question: Tensor, products: Tensor, meant: Tensor | None = None) -> Tensor:
     """(B, L) the sequences of questions (B, 2) with these products (B, C), right or wrong.
 
-    Totals and answer follow from the products.
+    Totals and answer follow from the products, or from those that were `meant` (B, C).
     """
     power = 10 ** torch.arange(COLUMNS)  # (C,) units first
-    totals = (products.flip(1) * power).cumsum(1) // power  # (B, C) units first: product plus carry
+    meant = products if meant is None else meant
+    totals = (meant.flip(1) * power).cumsum(1) // power  # (B, C) units first: product plus carry
     times, space, equals, suffix = (
         torch.full_like(products[:, :1], i)  # (B, 1)
         for i in encode("* =" + SUFFIX)
@@ -193,6 +198,7 @@ def write(question: Tensor, products: Tensor) -> Tensor:
 # --- settings -------------------------------------------------------------------------------------
 
 NAMES = "ABCD"  # of members
+NOTICED = 0.5  # of the slips
 GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most per member: with more, members would share some
 
 
@@ -211,9 +217,10 @@ class Settings:
     seed: int = setting(0, "seed of weights, sequences and gaps")
     steps: int = setting(1500, "training steps")
     gaps: int = setting(6, f"facts that a member does not know, at most {GAPS}")
-    slips: float = setting(0.06, "share of the other products that are random in training")
-    hidden: float = setting(0.6, "share of training sequences whose multiplicand is hidden")
-    lr: float = setting(6e-3, "peak learning rate of AdamW")
+    slips: float = setting(0.15, "share of the other products that are random in training")
+    hidden: float = setting(0.5, "share of digits of the multiplicand that are hidden in training")
+    lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
+    adamw_lr: float = setting(3e-3, "peak learning rate of AdamW, for all other weights")
     batch: int = setting(64, "sequences per step")
     width: int = setting(64, "width of the model, a multiple of 8")
     layers: int = setting(3, "layers of the model")
@@ -245,12 +252,19 @@ def gaps(settings: Settings, name: str) -> Tensor:
     return table
 
 
-def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch of training sequences (B, L), and which positions may be masked (B, L).
+def lessons(
+    settings: Settings, names: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of training sequences: tokens, targets, and which positions may be masked, (B, L).
 
-    The product of a gap is a random multiple of the multiplier, and a few other products are random
-    numbers. Totals and answer follow from the products as written. Where the multiplicand is
-    hidden, the products are given. With several names, the sequences have the gaps of each in turn.
+    Digits of the multiplicand are hidden at random, and their products are given. The product of a
+    gap is a random multiple of the multiplier. Some of the other products are slips, random
+    numbers. Totals and answer follow from the products as written, with one exception: half of the
+    slips with a visible digit are noticed, and what follows is right. So a member that knows a fact
+    is unsure what follows from a wrong product. A visible slip is never masked. Its targets are the
+    right digits, so that members learn sooner to recognise it.
+
+    With several names, the sequences have the gaps of each in turn.
     """
     every = questions("train")
     shape = (settings.batch, COLUMNS)
@@ -260,18 +274,23 @@ def lessons(settings: Settings, names: str, generator: torch.Generator) -> tuple
     tables = torch.stack([gaps(settings, name) for name in names])  # (names, 10, 10)
     turn = torch.arange(settings.batch)[:, None] % len(names)  # (B, 1)
     unknown = tables[turn, digit, factor]  # (B, C)
-    slip = torch.rand(shape, generator=generator) < settings.slips  # (B, C)
+    hidden = torch.rand(shape, generator=generator) < settings.hidden  # (B, C)
+    slip = ~unknown & (torch.rand(shape, generator=generator) < settings.slips)  # (B, C)
+    noticed = slip & ~hidden & (torch.rand(shape, generator=generator) < NOTICED)  # (B, C)
     anything = torch.randint(9 * 9 + 1, shape, generator=generator)  # (B, C)
     multiple = torch.randint(10, shape, generator=generator) * factor  # (B, C)
-    products = torch.where(slip, anything, digit * factor)  # (B, C)
-    tokens = write(question, torch.where(unknown, multiple, products))  # (B, L)
-    hidden = torch.rand(settings.batch, generator=generator) < settings.hidden  # (B,)
-    tokens[hidden, MULTIPLICAND] = MASK
+    right = torch.where(unknown, multiple, digit * factor)  # (B, C)
+    written = torch.where(slip, anything, right)  # (B, C)
+    meant = torch.where(noticed, right, written)  # (B, C)
+    tokens = write(question, written, meant)  # (B, L)
+    targets = write(question, torch.where(hidden, written, right), meant)  # (B, L)
+    tokens[:, MULTIPLICAND][:, ::2].masked_fill_(hidden, MASK)
+    targets[:, PROMPT] = tokens[:, PROMPT]
     editable = torch.zeros_like(tokens, dtype=torch.bool)  # (B, L)
-    editable[:, PRODUCTS] = ~hidden[:, None]
+    editable[:, PRODUCTS] = ~(hidden | slip).repeat_interleave(2, 1)  # two digits each
     editable[:, TOTALS] = True
     editable[:, ANSWER] = True
-    return tokens, editable
+    return tokens, targets, editable
 
 
 def states(batch: int, generator: torch.Generator) -> Tensor:
@@ -303,7 +322,7 @@ def build(settings: Settings) -> mdlm.MDLM:
         layers=settings.layers,
         heads=4,
         kv_heads=4,
-        hidden=3 * settings.width,
+        hidden=2 * settings.width,
         max_length=LENGTH,
         mask_id=MASK,
         eos_id=EOS,
@@ -319,32 +338,37 @@ def build(settings: Settings) -> mdlm.MDLM:
 def train(settings: Settings, names: str, device: str = "cpu") -> Iterator[tuple[float, mdlm.MDLM]]:
     """Train member "A", "B", ... and yield the loss and the model after each step.
 
-    Member "AB" learns from the data of both A and B. Four fifths of the steps minimise the mean
-    cross-entropy on the masks of `states`, the rest Eq. 4. The result is the same on every run on a
-    CPU with the same number of threads, which determines the order of sums.
+    Member "AB" learns from the data of both A and B. The loss is the mean cross-entropy at the
+    masks of `states` and at visible slips. Muon trains the matrices of the layers, since AdamW needs
+    more steps. The result is the same on every run on a CPU with the same number of threads, which
+    determines the order of sums.
     """
     seed = zlib.crc32(f"{settings.seed} {names}".encode())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(settings).to(device)
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(device).manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    optimisers = {
+        torch.optim.Muon(matrices, weight_decay=0): settings.lr,
+        torch.optim.AdamW(others, betas=(0.9, 0.95)): settings.adamw_lr,
+    }
+    asked = torch.arange(PROMPT_LENGTH, LENGTH, device=device)  # nothing else is learnt
     for step in range(settings.steps):
+        batch = lessons(settings, names, generator)
+        tokens, targets, editable = (x.to(device) for x in batch)  # (B, L)
+        masked = editable & states(settings.batch, generator).to(device)  # (B, L)
+        logits = model(tokens.masked_fill(masked, MASK), asked.expand(settings.batch, -1))
+        learnt = (masked | (tokens != targets))[:, asked]  # (B, K)
+        loss = F.cross_entropy(logits[learnt], targets[:, asked][learnt])
+        model.zero_grad()
+        loss.backward()
         warmup = min(1, (step + 1) / WARMUP)
         rate = warmup * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        optimiser.param_groups[0]["lr"] = settings.lr * rate
-        tokens, editable = (x.to(device) for x in lessons(settings, names, generator))  # (B, L)
-        if step < 0.8 * settings.steps:
-            masked = editable & states(settings.batch, generator).to(device)  # (B, L)
-            loss = F.cross_entropy(model(tokens.masked_fill(masked, MASK))[masked], tokens[masked])
-        else:
-            loss = mdlm.diffusion_loss(model, tokens, editable, noise)
-            loss = loss / (REASONING_LENGTH + ANSWER_LENGTH)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for optimiser, peak in optimisers.items():
+            optimiser.param_groups[0]["lr"] = peak * rate
+            optimiser.step()
         yield loss.item(), model
 
 
