@@ -3,7 +3,7 @@
     python eval.py                      the main result on the toy (paper: Tables 3 and 5)
     python eval.py 1 6 9                tables of the paper on the toy, next to its own figures
     python eval.py all --seeds 3        all of them, mean and spread over three training seeds
-    python eval.py members cost         beyond the paper; also: unequal, cache
+    python eval.py members cost         beyond the paper; also: unequal, cache, speed
     python eval.py trace --unsolved     a decoding that only TIE gets right, round by round
     python eval.py figures              Fig. 1, Fig. 3 and one decoding as PNG
     python eval.py gsm8k --data test.jsonl \\
@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -45,6 +46,9 @@ TIE: dict[str, dict] = {f"tie {score}": {"score": score} for score in tie.SCORES
 # With n >= T nothing is relayed.
 METHODS: dict[str, dict] = {"post-generation": {"interval": T}} | TIE
 TCC, *LOGIT = TIE
+# One token per step up to step T, whatever the options say.
+PLAIN: dict[str, Any] = {"top_k": 1, "threshold": None, "stop_at_eos": False}
+FAST = PLAIN | {"threshold": 0.9}
 TEMPERATURE = 0.25  # of samples; the best of 0.25, 0.5 and 1 on validation problems
 
 
@@ -65,7 +69,9 @@ def decode(
     `text` takes the index of a member and ids. `grade` takes a question and the text of the answer
     region, and returns the answer in it and whether that is right.
     """
-    result = tie.ensemble(members, canvases, config)
+    counts: list[torch.Tensor] = []
+    result = tie.ensemble([counting(member, counts) for member in members], canvases, config)
+    positions = torch.stack([count.cpu() for count in counts]).sum(0)  # (B,)
     records = []
     for b, question in enumerate(questions):
         rows = [(c.tokens[b, c.reasoning], c.tokens[b, c.answer]) for c in result.candidates]
@@ -83,9 +89,27 @@ def decode(
             "tcc": finite(result.tcc[:, b]),
             "top1": finite(result.top1[:, b]),
             "forwards": result.forwards,
+            "positions": int(positions[b]),
         }
         records.append(record)
     return records
+
+
+def counting(member: tie.Member, counts: list[torch.Tensor]) -> tie.Member:
+    """The member, which appends to `counts` how many positions (B,) each forward pass computes.
+
+    Like `forwards`, this leaves out completed rows, and padding too.
+    """
+    model = inspect.unwrap(member.denoise)
+
+    def denoise(tokens, positions, attention_mask):
+        logits = member.denoise(tokens, positions, attention_mask)  # (B, K, V)
+        real = torch.ones_like(tokens) if attention_mask is None else attention_mask  # (B, L)
+        computed = getattr(model, "computed", real.sum(1))  # (B,), fewer with mdlm.Cached
+        counts.append(computed * (tokens == member.mask_id).any(1))
+        return logits
+
+    return replace(member, denoise=denoise)
 
 
 def finite(values: torch.Tensor) -> list[float | None]:
@@ -102,6 +126,7 @@ class Run:
         self.right = np.array([r["correct"] for r in records], dtype=bool)  # (N, M) of each member
         self.tcc = np.array([r["tcc"] for r in records], dtype=float)  # (N, M)
         self.forwards = np.array([r["forwards"] for r in records], dtype=float)  # (N,)
+        self.positions = np.array([r["positions"] for r in records], dtype=float)  # (N,)
 
     @property
     def best(self) -> np.ndarray:
@@ -134,6 +159,7 @@ class Job:
     dtype: str | None  # of the weights; None: as stored
     cache: int | None  # R of mdlm.Cached; None: no cache
     temperature: float = 0.0  # 0: greedy
+    answer_length: int = train_toy.ANSWER_LENGTH  # of the region; members are trained on this one
     restart: tuple[str, int] | None = None  # start from this member's state after this many steps
     versions: str = ""  # hash of weights, code and torch's version
 
@@ -148,7 +174,8 @@ class Job:
         return tie.Member(denoise, config.mask_id, config.eos_id, name)
 
     def canvas(self) -> tie.Canvas:
-        canvas = train_toy.canvas([problem.prompt for problem in self.problems], self.device)
+        prompts = [problem.prompt for problem in self.problems]
+        canvas = train_toy.canvas(prompts, self.device, self.answer_length)
         if self.restart is None:
             return canvas
         name, steps = self.restart
@@ -193,6 +220,7 @@ def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denois
     """Gumbel noise turns the greedy choice into a sample. It also affects the unmasking order."""
     generator = torch.Generator().manual_seed(seed)
 
+    @functools.wraps(denoise, (), ())  # so that `counting` finds the model
     def noisy(tokens: torch.Tensor, positions: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         logits = denoise(tokens, positions, attention_mask)  # (B, K, V)
         noise = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator)
@@ -239,7 +267,7 @@ class Toy:
         batches = [tuple(problems[i : i + size]) for i in range(0, len(problems), size)]
         jobs = [replace(whole, problems=batch) for batch in batches]
         todo = [part for part in jobs if not part.path.exists()]
-        title = " ".join(["-".join(names), *(f"{name}={value}" for name, value in config.items())])
+        title = f"{'-'.join(names)} {config}"
         futures = [self.pool.submit(decode_job, part) for part in todo]
         with tqdm(total=len(todo), desc=title, unit="batch", disable=None, leave=False) as bar:
             try:
@@ -251,6 +279,10 @@ class Toy:
                 raise
         return Run([record for part in jobs for record in json.loads(part.path.read_text())])
 
+    def methods(self, **given: Any) -> dict[str, Run]:
+        """Decode with each of METHODS."""
+        return {name: self.run(**given, **settings) for name, settings in METHODS.items()}
+
     def versions(self, job: Job) -> str:
         names = [*job.members, *(job.restart or ())[:1]]
         files = [job.folder / name / "model.safetensors" for name in names]
@@ -258,7 +290,7 @@ class Toy:
         digest = hashlib.sha256(torch.__version__.encode())
         for file in files:
             digest.update(file.read_bytes())
-        for part in (decode, finite, Job.member, Job.canvas, decode_job, sampling):
+        for part in (decode, counting, finite, Job.member, Job.canvas, decode_job, sampling):
             digest.update(inspect.getsource(part).encode())
         return digest.hexdigest()
 
@@ -292,7 +324,9 @@ class Cell:
         return float(first.mean() - sum(group.mean() for group in second)), float(low), float(high)
 
     def show(self, value: float, sign: str) -> str:
-        return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.2f}"
+        if self.percent:
+            return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.2f}"
 
 
 def wilson(flags: np.ndarray) -> tuple[float, float, float]:
@@ -303,6 +337,11 @@ def wilson(flags: np.ndarray) -> tuple[float, float, float]:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
     return p, max(0.0, low), min(1.0, high)
+
+
+def one_column(name: str, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a table with one column."""
+    return {row: {name: value} for row, value in values.items()}
 
 
 def fraction(values: np.ndarray) -> Cell:
@@ -348,11 +387,16 @@ def merge(cells: list[Cell]) -> dict[str, Any]:
     first = cells[0]
     sign = "+" if first.signed else ""
     estimates = [cell.estimate() for cell in cells]
-    known = [value for value, _, _ in estimates if math.isfinite(value)]
     # JSON has no NaN.
     values = [value if math.isfinite(value) else None for value, _, _ in estimates]
-    merged: dict[str, Any] = {"value": None, "ci95": None, "text": "no sample"}
-    merged |= {"n": len(first.groups[0]), "values": values}
+    known = [value for value in values if value is not None]
+    merged: dict[str, Any] = {
+        "value": None,
+        "ci95": None,
+        "text": "no sample",
+        "n": len(first.groups[0]),
+        "values": values,
+    }
     if len(cells) > 1 and len(known) > 1:
         value = float(np.mean(known))
         deviation = first.show(float(np.std(known, ddof=1)), "")
@@ -379,10 +423,8 @@ def as_data(tables: list[Table]) -> dict[str, Any]:
             {"name": name, **merge([t.claims[claim][name] for t in tables])} for name in names
         ]
         verdicts = Counter(table.verdict(claim) for table in tables)
-        verdict = ", ".join(
-            f"{word} with {k} of {len(tables)} seeds" for word, k in verdicts.items()
-        )
-        verdict = verdict if len(tables) > 1 else first.verdict(claim)
+        shares = [f"{word} with {k} of {len(tables)} seeds" for word, k in verdicts.items()]
+        verdict = ", ".join(shares) if len(tables) > 1 else first.verdict(claim)
         claims.append({"claim": claim, "verdict": verdict, "differences": differences})
     return {"title": first.title, "cells": cells, "claims": claims, "paper": first.paper}
 
@@ -417,8 +459,8 @@ def result_rows(runs: dict[str, Run], names: Sequence[str]) -> dict[str, dict[st
     after = runs.get("post-generation")
     if after:
         for m, name in enumerate(names):
-            row = {"accuracy": after.right[:, m], "forwards": after.forwards / len(names)}
-            rows[f"member {name}"] = row
+            forwards = after.forwards / len(names)
+            rows[f"member {name}"] = {"accuracy": after.right[:, m], "forwards": forwards}
         rows["oracle"] = {"accuracy": after.right.any(1), "forwards": after.forwards}
     for name, run in runs.items():
         rows[name] = {"accuracy": run.correct, "forwards": run.forwards}
@@ -441,7 +483,7 @@ def ahead(run: Run, after: Run) -> dict[str, Cell]:
 
 
 def table_main(toy: Toy) -> Table:
-    runs = {name: toy.run(**settings) for name, settings in METHODS.items()}
+    runs = toy.methods()
     after = runs["post-generation"]
     columns = zip(toy.names, after.tcc.T, after.right.T)
     gaps = {f"member {name}": apart(counts, right) for name, counts, right in columns}
@@ -484,8 +526,7 @@ def table_2(toy: Toy) -> Table:
         for start, steps in starts.items():
             job = {"restart": (toy.names[sender], steps)}
             row[start] = toy.run([name], problems, job, interval=T).correct
-        difference = Cell((row["first 50 %"] - 0.5,), signed=True)
-        half[f"member {name} - half"] = difference
+        half[f"member {name} - half"] = Cell((row["first 50 %"] - 0.5,), signed=True)
     claim = (
         "Restarted from the first 50 %, a member corrects more than half of what it failed alone"
     )
@@ -500,7 +541,7 @@ def table_2(toy: Toy) -> Table:
 
 
 def table_3(toy: Toy) -> Table:
-    runs = {name: toy.run(**settings) for name, settings in METHODS.items()}
+    runs = toy.methods()
     after = runs["post-generation"]
     rows = {}
     for name, row in result_rows(runs, toy.names).items():
@@ -518,7 +559,7 @@ def table_5(toy: Toy) -> Table:
     rates = {name: fraction(toy.run(**settings).changes) for name, settings in TIE.items()}
     claims = {"The lead changes between relays with every score": rates}
     title = "model change rate, % of relays whose leader differs from the relay before"
-    return Table(title, {name: {"change rate": rate} for name, rate in rates.items()}, claims)
+    return Table(title, one_column("change rate", rates), claims)
 
 
 def table_6(toy: Toy) -> Table:
@@ -527,21 +568,17 @@ def table_6(toy: Toy) -> Table:
     gains = {}
     for n, theirs in ((2, 8), (4, 16), (8, 32)):  # of T = 32 here and T = 256 in the paper
         correct = toy.run(interval=n).correct
-        rows[f"n = {n}, paper {theirs}"] = {"accuracy": correct}
+        rows[f"n = {n}, paper {theirs}"] = correct
         gains[f"n = {n}"] = gain(correct, after)
-    rows["post-generation"] = {"accuracy": after}
+    rows["post-generation"] = after
     claims = {"TIE is ahead of post-generation at every n": gains}
-    return Table("ensemble interval n, accuracy %", rows, claims)
+    return Table("ensemble interval n, accuracy %", one_column("accuracy", rows), claims)
 
 
 def table_7(toy: Toy) -> Table:
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     claims = {}
-    speeds: dict[str, dict] = {
-        "one token a step": {"top_k": 1, "threshold": None},
-        "threshold 0.9": {"top_k": 1, "threshold": 0.9},
-        "top-k 2": {"top_k": 2, "threshold": None},
-    }
+    speeds = {"one token per step": PLAIN, "threshold 0.9": FAST, "top-k 2": PLAIN | {"top_k": 2}}
     for speed, settings in speeds.items():
         runs = {"post-generation": toy.run(interval=T, **settings), TCC: toy.run(**settings)}
         for name, row in result_rows(runs, toy.names).items():
@@ -568,8 +605,8 @@ def table_9(toy: Toy) -> Table:
         source = toy.run(cross_model=False, **TIE[name]).correct
         cross = toy.run(**TIE[name]).correct
         rows[name] = {"source-only": source, "cross-model": cross}
-        difference = {"cross-model - source-only": gain(cross, source)}
-        claims[f"Cross-model scoring helps {name}"] = difference
+        gains = {"cross-model - source-only": gain(cross, source)}
+        claims[f"Cross-model scoring helps {name}"] = gains
     paper = {"top-1, GSM8K": (81.35, 82.71), "top-1, MATH500": (42.4, 47.0)}
     return Table("source-only and cross-model scoring, accuracy %", rows, claims, paper)
 
@@ -668,7 +705,7 @@ def table_cost(toy: Toy) -> Table:
         },
     }
     title = "equal cost, TIE against votes over samples of one member, accuracy %"
-    return Table(title, {name: {"accuracy": correct} for name, correct in rows.items()}, claims)
+    return Table(title, one_column("accuracy", rows), claims)
 
 
 def table_unequal(toy: Toy) -> Table:
@@ -676,23 +713,19 @@ def table_unequal(toy: Toy) -> Table:
     weak = f"{other}-weak"
     gaps = min(2 * toy.settings.gaps, train_toy.GAPS)
     toy.train({weak: (replace(toy.settings, gaps=gaps), other)})
-    runs = {name: toy.run([best, weak], **settings) for name, settings in METHODS.items()}
+    runs = toy.methods(members=[best, weak])
     better, weaker = runs["post-generation"].right.T
     rows = {"the better member": better, "the weaker one": weaker}
     rows |= {name: run.correct for name, run in runs.items()}
     claims = {"TIE is ahead of the better member": {name: gain(rows[name], better) for name in TIE}}
     title = "a member far weaker than the other, accuracy %"
-    return Table(title, {name: {"accuracy": correct} for name, correct in rows.items()}, claims)
+    return Table(title, one_column("accuracy", rows), claims)
 
 
 def table_cache(toy: Toy) -> Table:
     """Cached decoding, which is approximate, against the exact decoding of the same members."""
-    exact = {name: toy.run(**settings) for name, settings in METHODS.items()}
-    columns = {"exact": exact}
-    for R in (2, 4, 8):
-        cached = {"cache": R}
-        runs = {name: toy.run(job=cached, **settings) for name, settings in METHODS.items()}
-        columns[f"R = {R}"] = runs
+    exact = toy.methods()
+    columns = {"exact": exact} | {f"R = {R}": toy.methods(job={"cache": R}) for R in (2, 4, 8)}
     rows: dict[str, dict[str, Any]] = defaultdict(dict)
     claims = {}
     for column, runs in columns.items():
@@ -723,6 +756,51 @@ def differing(ours: Sequence, theirs: Sequence) -> float:
     return float(np.mean([a != b for a, b in zip(ours, theirs)]))
 
 
+def table_speed(toy: Toy) -> Table:
+    """Work per problem, plain and accelerated, and with 16 answer positions.
+
+    The members were trained with 8 and fill the others arbitrarily. To TIE these are answer tokens.
+    """
+    n = toy.job.config.interval
+    exact = {"job": {"cache": None}}
+    cached = {"job": {"cache": n}}  # recomputes everything in the first step of each round
+    longer = PLAIN | {"job": {"cache": None, "answer_length": 16}}
+    speeds = {
+        "plain": PLAIN | exact,
+        "threshold": FAST | exact,
+        "cache": PLAIN | cached,
+        "both": FAST | cached,
+        "16 answer positions": longer,
+        "16, stop at EOS": longer | {"stop_at_eos": True},
+    }
+    methods = {
+        "best member": (toy.ranked[:1], n),
+        "post-generation": (toy.names, 2 * T),  # more than the steps of 16 answer positions
+        "TIE": (toy.names, n),
+    }
+    runs = {}
+    rows = {}
+    for method, (names, interval) in methods.items():
+        for speed, settings in speeds.items():
+            name = f"{method}, {speed}"
+            runs[name] = run = toy.run(names, interval=interval, **settings)
+            rows[name] = {
+                "accuracy": run.correct,
+                "forwards": run.forwards,
+                "positions": run.positions,
+                "relative": run.positions / runs["best member, plain"].positions,
+            }
+    one = runs["best member, plain"]
+    both = runs["TIE, both"]
+    gains = {
+        "accuracy": gain(both.correct, one.correct),
+        "positions saved": Cell((one.positions - both.positions,), percent=False, signed=True),
+    }
+    claims = {"TIE with both is more accurate and cheaper than the best member, plain": gains}
+    title = f"computed positions per problem, accuracy %; threshold 0.9, cache R = {n}"
+    return Table(title, rows, claims)
+
+
 PAPER = {
     "1": table_1,
     "2": table_2,
@@ -739,6 +817,7 @@ BEYOND = {
     "cost": table_cost,
     "unequal": table_unequal,
     "cache": table_cache,
+    "speed": table_speed,
 }
 TABLES = {"main": table_main} | PAPER | BEYOND
 
@@ -859,10 +938,6 @@ def show_traces(toy: Toy) -> None:
 # --- figures --------------------------------------------------------------------------------------
 
 
-# The figures have T steps, whatever the options say.
-SLOWLY: dict[str, Any] = {"top_k": 1, "threshold": None}
-
-
 def new_figure(width: float, height: float, *panels: int, **shared: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -879,7 +954,7 @@ def draw_figure_1(toy: Toy) -> Any:
         panels[i][0].set_ylabel(label)
         for panel, name in zip(panels[i], toy.names):
             # A single member isn't scored, so decode with two copies of it.
-            run = toy.run([name, name], score=score, interval=1, cross_model=False, **SLOWLY)
+            run = toy.run([name, name], score=score, interval=1, cross_model=False, **PLAIN)
             scores = np.array([r["scores"] for r in run.records], dtype=float)  # (N, T - 1, 2)
             curves = np.ma.masked_invalid(scores[:, :, 0])
             curves = -curves if score == "negative_entropy" else curves
@@ -902,7 +977,7 @@ def draw_figure_3(toy: Toy) -> Any:
     n = toy.job.config.interval
     looks = ((BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "D:"))
     for k, ((name, settings), (colour, style)) in enumerate(zip(TIE.items(), looks)):
-        leaders = [record["leaders"] for record in toy.run(**settings, **SLOWLY).records]
+        leaders = [record["leaders"] for record in toy.run(**settings, **PLAIN).records]
         relays = range(1, max(map(len, leaders)))
         changed = [np.array([x[i] != x[i - 1] for x in leaders if len(x) > i]) for i in relays]
         rates = np.array([fraction(flags).estimate() for flags in changed]).reshape(-1, 3)
@@ -1189,7 +1264,7 @@ def decode_share(setup: Setup, questions: list[Question], records: Records) -> d
 
 
 def config_of(args: argparse.Namespace, interval: int, **settings: Any) -> tie.Config:
-    names = ("block_size", "top_k", "threshold")
+    names = ("block_size", "top_k", "threshold", "stop_at_eos")
     given = {name: getattr(args, name) for name in names}
     given["interval"] = interval if args.interval is None else args.interval
     return tie.Config(**given, **settings)
@@ -1272,6 +1347,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=16, help="block size of semi-autoregressive decoding")
     add("--top-k", type=int, default=1, help="tokens committed per step")
     add("--threshold", type=float, help="commit every token above this probability instead")
+    stop = "end a row at its answer's first EOS, once nothing before it is masked"
+    add("--stop-at-eos", action="store_true", help=stop)
     cache = "cache keys and values, recomputing them every R forward passes (approximate)"
     add("--cache", type=count, metavar="R", help=cache)
     add("--batch-size", type=count, help="questions per batch (default: 32 on the toy, else 8)")

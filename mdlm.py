@@ -258,6 +258,9 @@ class Cached:
     members, one after another, and a row that has no more relays can be refreshed at other steps
     than it would be alone.
 
+    `computed` (B,) int64 says how many positions of each row, without padding, the last call had to
+    recompute. A batch recomputes as many in every row as its row with the most needs.
+
     Raises ValueError if `model` is not an MDLM or `refresh` not a whole number of at least 1.
     """
 
@@ -269,6 +272,7 @@ class Cached:
         self.model = model
         self.refresh = refresh
         self.calls = 0
+        self.computed = torch.empty(0, dtype=torch.long)  # (B,), see above
         self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (B, G, L, E) of each layer
         # (B, L): tokens and attention mask of the last call; the batch's first tokens, and which
         # of these are no masks.
@@ -293,6 +297,7 @@ class Cached:
         chosen = needed.cumsum(1).gather(1, outputs) - 1  # (B, K), indices into the N positions
         slots = [(keys, values, at) for keys, values in self.kept]
         logits = self.model.logits(tokens.gather(1, at), (cos, sin, attn_mask), chosen, slots)
+        self.computed = (needed & real).sum(1)
         self.tokens = tokens.clone()
         self.real = real.clone()
         self.calls += 1

@@ -101,13 +101,15 @@ def readable(ids: list[int]) -> str:
     return " ".join(parts).rstrip(VOCABULARY[EOS])
 
 
-def canvas(prompts: list[str], device: str = "cpu") -> tie.Canvas:
+def canvas(
+    prompts: list[str], device: str = "cpu", answer_length: int = ANSWER_LENGTH
+) -> tie.Canvas:
     """The canvas that a member starts from: one row per prompt, reasoning and answer masked."""
     return tie.Canvas.blank(
         [encode(prompt) for prompt in prompts],
         encode(SUFFIX),
         REASONING_LENGTH,
-        ANSWER_LENGTH,
+        answer_length,
         mask_id=MASK,
         pad_id=PAD,
         device=device,
@@ -323,7 +325,7 @@ def build(settings: Settings) -> mdlm.MDLM:
         heads=4,
         kv_heads=4,
         hidden=2 * settings.width,
-        max_length=LENGTH,
+        max_length=2 * LENGTH,  # answers of eval.py speed are longer
         mask_id=MASK,
         eos_id=EOS,
         pad_id=PAD,

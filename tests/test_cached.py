@@ -53,7 +53,7 @@ class SlowCache:
         return {p: model.head(model.norm(x[p])) for p in at}
 
     def call(self, tokens, positions, refresh):
-        """Logits (K, V), and how many positions had to be computed for them."""
+        """Logits (K, V), and the positions that had to be computed for them."""
         shift = self.model.config.shift
         positions = positions.tolist()
         outputs = [p - 1 if shift and p and self.real[p - 1] else p for p in positions]
@@ -63,7 +63,7 @@ class SlowCache:
         self.tokens = tokens.clone()
         self.calls += 1
         logits = self.compute([*at])
-        return torch.stack([logits[p] for p in outputs]), len(at)
+        return torch.stack([logits[p] for p in outputs]), [*at]
 
 
 def turn(x, number, theta):
@@ -116,7 +116,10 @@ def test_equals_the_slow_cache_row_by_row(config, seed, B, refresh, padded):
             expected, computed = zip(*[row.call(*state, refresh) for row, *state in rows])
             logits = cached(tokens, positions, real if padded else None)
             torch.testing.assert_close(logits, torch.stack(expected), atol=1e-4, rtol=1e-4)
-            assert work.pop() == max(computed)  # no more than the row with most changes needs
+            # No more than the row with most changes needs; padding is computed, but not counted.
+            assert work.pop() == max(map(len, computed))
+            counts = [int(row[at].sum()) for row, at in zip(real, computed)]
+            assert cached.computed.tolist() == counts
             tokens = changed(tokens, generator)
 
 

@@ -75,7 +75,7 @@ def share(names="AB", **config):
 
 @pytest.fixture(scope="module")
 def everything(toys):
-    return tables("main", "all", "members", "unequal", "cache")
+    return tables("main", "all", "members", "unequal", "cache", "speed")
 
 
 @pytest.fixture
@@ -189,6 +189,56 @@ def test_tables_beyond_the_paper(expect):
         expect("cache", f"other leaders, {TCC}", f"R = {R}", leaders)
 
 
+def worked(names, R=None, answer_length=train_toy.ANSWER_LENGTH, **config):
+    """What decoding each problem by itself takes, where every call counts: means by column."""
+    rows = []
+    for problem in ASKED:
+        spent = []
+
+        def spy(denoise, spent=spent):
+            def call(tokens, *given):
+                spent.append(int(tokens.sum()) if R else tokens.shape[1])  # see tiny.cached
+                return denoise(tokens, *given)
+
+            return call
+
+        canvas = train_toy.canvas([problem.prompt], answer_length=answer_length)
+        members = [member(f"{name} {R}" if R else name) for name in names]
+        members = [replace(m, denoise=spy(m.denoise)) for m in members]
+        result = tie.ensemble(members, [canvas] * len(names), tie.Config(**CONFIG | config))
+        chosen = result.candidates[result.winner].tokens[0, canvas.answer]
+        right = train_toy.decode(chosen.tolist()) == problem.answer
+        rows.append([right, len(spent), sum(spent)])
+    return dict(zip(("accuracy", "forwards", "positions"), np.mean(rows, 0)))
+
+
+def test_the_work_is_what_rows_with_masks_left_take(expect):
+    plain = worked("B")["positions"]
+    assert plain == T * train_toy.LENGTH
+    speeds = {
+        "threshold": {"threshold": 0.9},
+        "both": {"threshold": 0.9, "R": 4},
+        "16, stop at EOS": {"answer_length": 16, "stop_at_eos": True},
+    }
+    for method, names in (("best member", "B"), ("TIE", "AB")):
+        for speed, settings in speeds.items():
+            row = worked(names, **settings)
+            row["relative"] = row["positions"] / plain
+            for column, value in row.items():
+                expect("speed", f"{method}, {speed}", column, value)
+    for method, count in (("best member", 1), ("post-generation", 2), ("TIE", 2)):
+        expect("speed", f"{method}, plain", "relative", count)
+        expect("speed", f"{method}, 16 answer positions", "positions", count * (T + 8) * (47 + 8))
+
+
+def test_stopping_at_eos_saves_forwards_and_changes_no_answer_of_a_member(everything):
+    cells = everything["speed"]["cells"]
+    value = {(cell["row"], cell["column"]): cell["value"] for cell in cells}
+    rows = [f"best member, 16{end}" for end in (" answer positions", ", stop at EOS")]
+    whole, stopped = ([value[row, column] for column in ("accuracy", "forwards")] for row in rows)
+    assert whole[0] == stopped[0] and whole[1] > stopped[1]
+
+
 def test_a_vote_takes_the_most_frequent_answer_or_else_the_lowest_count(toys, tmp_path):
     expect = partial(check, tables("cost", "--checkpoints", tmp_path), "cost")
     kept = [json.loads(file.read_text()) for file in tmp_path.glob("*/decoded/*")]
@@ -231,6 +281,24 @@ def test_only_tables_that_need_them_train_more_members(toys):
 
 
 # --- intervals, claims, several seeds, what is printed --------------------------------------------
+
+
+@pytest.mark.parametrize("reasoning", [0, 28])
+def test_an_answer_stops_in_the_block_of_its_eos(reasoning):
+    """Code: 480 to 512 answer positions, of which the EOS takes the one at 120."""
+    first = reasoning + 1
+    confident = torch.rand(first + 512, generator=torch.Generator().manual_seed(0))
+
+    def denoise(tokens, positions, attention_mask):
+        token = torch.where(positions == first + 120, 1, 2)
+        return torch.nn.functional.one_hot(token, 3) * (5 + confident[positions])[..., None]
+
+    canvas = tie.Canvas.blank([[2]], [], reasoning, 512 - reasoning, mask_id=0, pad_id=1)
+    forwards = {}
+    for stop in (False, True):
+        config = tie.Config(stop_at_eos=stop)
+        forwards[stop] = tie.ensemble([tie.Member(denoise, 0, 1)], [canvas], config).forwards
+    assert forwards[False] == 512 and reasoning + 121 <= forwards[True] <= reasoning + 128
 
 
 def test_the_interval_of_a_share_is_wilsons(everything):
@@ -299,7 +367,8 @@ def test_a_decoding_is_kept_until_something_that_decides_it_changes(toys, tmp_pa
     assert decodings == 4  # two runs of two batches
     assert count() == (first, 0)
     options = [("--interval", 5), ("--problem-seed", 1), ("--cache", 4), ("--dtype", "bfloat16")]
-    assert [count(*option)[1] for option in options] == [4] * 4
+    options.append(("--stop-at-eos",))
+    assert [count(*option)[1] for option in options] == [4] * 5
     (tmp_path / "toy-seed0" / "A" / "model.safetensors").write_text("other weights")
     assert count() == (first, 4)
     monkeypatch.setattr(torch, "__version__", "another")

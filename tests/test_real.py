@@ -117,6 +117,7 @@ OTHERS = [  # a change of the files, options, the settings that differ
     (questions("#### ", "#### 1"), [], "questions"),
     (questions("", ""), ["--limit", 5], "questions"),
     (questions("", ""), ["--interval", 3, "--batch-size", 1], "config, batch_size"),
+    (questions("", ""), ["--stop-at-eos"], "config"),
     (questions("", ""), ["--single", "--cache", 4, "--dtype", "bfloat16"], "single, dtype, cache"),
 ]
 

@@ -25,6 +25,7 @@ def fake(name):
     V = len(train_toy.VOCABULARY)
     seed = zlib.crc32(name.encode())
     weights = torch.randn(train_toy.LENGTH, V, generator=torch.Generator().manual_seed(seed))
+    weights = weights.repeat(2, 1)  # the answer may be longer than the toy's
 
     def denoise(tokens, positions, attention_mask):
         digits = tokens[:, train_toy.MULTIPLICAND][:, ::2]  # (B, C)
@@ -35,7 +36,8 @@ def fake(name):
         gap = guessed & ((10 * digits + factor) * seed % 101 % 8 == 0)  # (B, C)
         products = torch.where(guessed, digits * factor + gap.int(), 10 * tens + units)  # (B, C)
         target = train_toy.write(torch.cat([number[:, None], factor], 1), products)  # (B, L)
-        unsure = gap.any(1, keepdim=True).repeat(1, train_toy.LENGTH)  # (B, L)
+        target = torch.nn.functional.pad(target, (0, train_toy.LENGTH))  # zeros after the answer
+        unsure = gap.any(1, keepdim=True).repeat(1, target.shape[1])  # (B, 2 L)
         unsure[:, train_toy.PRODUCTS] = gap.repeat_interleave(2, 1)
         step = (tokens != train_toy.MASK).sum(1)[:, None, None]  # (B, 1, 1)
         logits = torch.sin(weights[positions] * step + tokens.sum(1)[:, None, None])  # (B, K, V)
@@ -69,8 +71,19 @@ def toys(tmp_path_factory):
         patch.setattr(train_toy, "train_members", train_members)
         patch.setattr(train_toy, "pool", in_process)
         patch.setattr(mdlm, "load", load)
-        patch.setattr(mdlm, "Cached", lambda model, refresh: fake(f"{model.name} {refresh}"))
+        patch.setattr(mdlm, "Cached", cached)
         yield trained
+
+
+def cached(model, refresh):
+    """In place of mdlm.Cached: another fake. What it says of its work depends on the tokens."""
+    denoise = fake(f"{model.name} {refresh}")
+
+    def call(tokens, positions, attention_mask):
+        call.computed = tokens.sum(1)
+        return denoise(tokens, positions, attention_mask)
+
+    return call
 
 
 def in_process(workers):
