@@ -107,7 +107,7 @@ def test_cells_are_what_the_algorithm_gives(expect):
     expect("8", TCC, "without", share(normalize=False))
     expect("8", TCC, "with", share())
     for speed, config in (("threshold 0.9", {"threshold": 0.9}), ("top-k 2", {"top_k": 2})):
-        expect("7", TCC, speed, share(**config))
+        expect("7", TCC, speed, share(**config, interval=2))
         result, alone, _ = decoded(**config, interval=T)
         expect("7", "member B", speed, alone[:, 1].mean())
         expect("7", "post-generation", f"forwards, {speed}", result.forwards)
@@ -216,9 +216,9 @@ def test_the_work_is_what_rows_with_masks_left_take(expect):
     plain = worked("B")["positions"]
     assert plain == T * train_toy.LENGTH
     speeds = {
-        "threshold": {"threshold": 0.9},
-        "both": {"threshold": 0.9, "R": 4},
-        "16, stop at EOS": {"answer_length": 16, "stop_at_eos": True},
+        "threshold": {"threshold": 0.9, "interval": 2},
+        "both": {"threshold": 0.9, "interval": 2, "R": 4},
+        "16, stop at EOS": {"answer_length": 16, "answer_window": 8, "stop_at_eos": True},
     }
     for method, names in (("best member", "B"), ("TIE", "AB")):
         for speed, settings in speeds.items():
