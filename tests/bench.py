@@ -11,7 +11,7 @@ random: with a fixed number of tokens per step, the time does not depend on them
     f  TIE with torch.compile over TIE without
     g  TIE with mdlm.Cached, refresh = n, over TIE without, and over a public sampler with one model
 
-Shapes: "toy" is train_toy.py's model and layout, decoded to the end with n = 2. The others have 128
+Shapes: "toy" is train_toy.py's model and layout, decoded to the end with n = 4. The others have 128
 positions (prompt 32, reasoning 72, suffix 8, answer 16) and n = 16, and only the last 17 tokens are
 masked: a round, a relay and a step. On a CPU, a, d and f decode only the last 2 tokens, with n = 1.
 Part g decodes one round of 16 steps in the middle of 384 positions (prompt 80, reasoning 264,
@@ -131,7 +131,7 @@ class Bench:
             built.append(build(shape, self.device))
         layout, masks, n = LAYOUT, 17, 16
         if shape == "toy":
-            layout, masks, n = TOY_LAYOUT, TOY_LAYOUT[1] + TOY_LAYOUT[3], 2
+            layout, masks, n = TOY_LAYOUT, TOY_LAYOUT[1] + TOY_LAYOUT[3], 4
         elif short and self.device == "cpu":
             masks, n = 2, 1
         committed = layout[1] + layout[3] - masks
