@@ -3,8 +3,8 @@
     questions = load("gsm8k", "test.jsonl")
     answer, right = grade("gsm8k", questions[0], text_of_the_answer_region)
 
-Each benchmark is one class: the file it is published in, its prompt, lengths, extraction, grading
-and the paper's figures.
+Each benchmark is one class. It holds the published file's layout, the prompt, lengths, extraction,
+grading and the paper's figures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 
 # --- the text of an answer: strip the formatting, then rewrite it into LaTeX ---------------------
 
-INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # of braces, with more of them three deep
+INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"  # inside braces, with braces up to three deep
 BOX = rf"\\?\b(?:boxed|fbox)\s*\{{{INSIDE}\}}"
 FORMULA = r"\\\(.*?\\\)"
 LINK = r"(?:[\s,;$]|\\[()\[\]]|\b(?:and|or)\b)*"  # between two boxes or formulas of one list
@@ -104,10 +104,10 @@ NOTATION = (
 
 
 def unboxed(text: str) -> str:
-    """Return what the last box has in it, or a list of the last boxes in a row; without a box, the
-    text."""
+    """Return the content of the last box, or of the last boxes in a row as a list. Without a box,
+    return the text."""
     text = re.sub(r"\\?\b(?:boxed|fbox)\s*\{\s*(?:\}|$)", " ", text[:2000])  # empty ones
-    cut_off = "}" * (text.count("{") - text.count("}"))  # by the end of the region
+    cut_off = "}" * (text.count("{") - text.count("}"))  # a box that the region's end cuts off
     rows = re.findall(f"{BOX}(?:{LINK}{BOX})*", text + cut_off)
     if not rows:
         return text
@@ -115,7 +115,7 @@ def unboxed(text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Return an answer's sentences and lines, bare of boxes, Markdown and "The answer is", with
+    """Return an answer's sentences and lines without boxes, Markdown and "The answer is", and with
     formulas in \\( \\)."""
     text = unboxed(text)
     for pattern, new in DRESSING:
@@ -291,17 +291,17 @@ def _seccomp() -> bytes:
 def run_code(
     *sources: str, timeout: float = 10.0, memory: int = 1 << 30, confined: bool = True
 ) -> bool:
-    """Return whether the Python `sources`, run one after the other as one module, all run through
-    to their ends.
+    """Return whether the Python `sources`, run one after the other as one module, all run to their
+    ends.
 
     They run in bubblewrap or, unconfined, in a temporary folder with the rights of the user:
     without environment or input, with their output discarded, and within limits of wall-clock and
     CPU time (seconds), memory (bytes; not on macOS) and size of files. They can start threads, but
-    no processes, and a seccomp filter refuses SYSTEM_CALLS. Without one, on macOS or another
-    processor, those stay open to them, and only the limit on processes, which doesn't hold for root
-    unconfined, stops both threads and processes. Success is a random token written last, so leaving
-    early is failure; but a program made to cheat can find the token in its interpreter. ValueError
-    without bubblewrap.
+    no processes. On Linux with x86-64 or 64-bit ARM, a seccomp filter refuses SYSTEM_CALLS.
+    Elsewhere only the limit on processes stops new processes, and threads with them. It doesn't
+    hold for root unconfined. Success is a random token written last, so exiting early is failure. A
+    program made to cheat can still find the token in its interpreter. Raises ValueError if
+    `confined` and bubblewrap is missing.
     """
     token = secrets.token_hex(16)
     rules = _seccomp().hex()
@@ -337,7 +337,7 @@ def run_code(
         try:
             process.communicate(job, timeout)
         finally:
-            with suppress(OSError):  # none of its session is left
+            with suppress(OSError):  # if no process of its session is left
                 os.killpg(process.pid, signal.SIGKILL)
         result.seek(0)
         return result.read(64) == token.encode()
@@ -372,12 +372,12 @@ def _bubblewrap() -> list[str]:
 def check_sandbox(confined: bool) -> None:
     """Raise ValueError, with the system's error message, if code cannot be run."""
     if not hasattr(os, "killpg"):
-        raise ValueError("--run-code needs Linux, or unconfined macOS")
+        raise ValueError("--run-code needs Linux, or macOS with 'unconfined'")
     command = [*(_bubblewrap() if confined else []), PYTHON, "-c", ""]
     tried = subprocess.run(command, env={}, capture_output=True, text=True, check=False)
     if tried.returncode or not run_code("import decimal", timeout=30, confined=confined):
         how = "confined" if confined else "unconfined"
-        advice = ": allow user namespaces, update bubblewrap; in a container, --run-code unconfined"
+        advice = ": allow user namespaces or update bwrap; in a container, --run-code unconfined"
         raise ValueError(
             f"--run-code cannot run code {how} here ({tried.stderr.strip()[:200]}){confined * advice}"
         )
@@ -402,7 +402,7 @@ class Benchmark:
     suffix = "\nAnswer:"
     answer_window: int | None = None
     tcc_interval = 32
-    subjects = ""  # the files to read, of all that a folder has; empty for all
+    subjects = ""  # names of the files to read in a folder; empty for all
     runs_code = False
     table_3: tuple[float, ...]  # LLaDA, Dream, post-generation, TIE by each of the four scores
     table_4: tuple[float, ...] = ()  # DreamCoder, DiffuCoder, TIE by token change count and top-1
@@ -424,8 +424,8 @@ class Benchmark:
         return answer == gold
 
 
-# The prompts are our own words after simple-evals and, for Countdown, Wang et al. 2026; those for
-# code are of App. A.3.
+# The prompts are in our own words, modelled on simple-evals and, for Countdown, on Wang et al.
+# 2026. Those for code are from App. A.3.
 def _step_by_step(instruction: str, name: str, meaning: str, *question: str) -> str:
     instruction += (
         " Think step by step first, then give your final answer on a last line of the form "
@@ -463,7 +463,7 @@ class MultipleChoice(Benchmark):
         return prompt, letters[right]
 
     def extract(self, text):
-        """Return the letter, of a box or else of the whole text; "" if there is none."""
+        """Return the letter in a box, or else in the whole text, or "" if there is none."""
         for part in (unboxed(text), text[:2000]):
             part = re.sub(
                 r"\\(?:text|math)\w*|\\[()\[\]]|</\w+>|<\w{2,}>|<\|.*?\|>|[*_`\"“”]", " ", part
@@ -580,8 +580,8 @@ class Code(Benchmark):
         return re.sub(r"^\s*```(?:python|py)?[ \t]*\n", "", text).split("```")[0].strip("\n")
 
     def shapes(self, code: str) -> list[str]:
-        """Return the code as it is, and with indentation undone that models add to it or to all but
-        the first line."""
+        """Return the code as it is, and without the indentation that models add to all of it or to
+        all but the first line."""
         first, _, rest = code.partition("\n")
         flush = first.lstrip()
         return [
@@ -619,7 +619,7 @@ class HumanEval(Code):
         return prompt, gold
 
     def correct(self, answer, gold, confined):
-        """Run the prompt's imports and helpers, the answer, the tests."""
+        """Run the prompt's imports and helpers, then the answer, then the tests."""
         name = gold["entry_point"]
         helpers = gold["prompt"].split(f"def {name}")[0]
         shapes = self.shapes(answer)
@@ -670,7 +670,7 @@ class Countdown(Benchmark):
     def parse(self, row):
         if "nums" in row:
             numbers, target = row["nums"], row["target"]
-        else:  # "15,44,79,50" of Dream ends in the target, which d1 has as its output
+        else:  # Dream's input "15,44,79,50" ends in the target; d1's files have it as the output
             numbers, target = row["input"].split(","), row["output"]
             target = target if target.isdigit() else numbers.pop()
         gold = {"numbers": [int(number) for number in numbers], "target": int(target)}
@@ -698,8 +698,8 @@ class Countdown(Benchmark):
         return False
 
     def value(self, text: str, numbers: list[int]) -> Fraction | None:
-        """Return the exact value of an expression in + - * / with each number once, None of any
-        other."""
+        """Return the exact value of an expression in + - * / with each number once, or None for any
+        other text."""
         used = map(int, re.findall(r"\d+", text))
         allowed = r"(?:(?!\*\s*\*|/\s*/|\(\s*\))[-+*/() \d])*"
         if sorted(used) != sorted(numbers) or not re.fullmatch(allowed, text):
@@ -773,10 +773,10 @@ def _rows(path: Path) -> Iterator[Any]:
 def grade(
     task: str, question: Question, text: str, run_code: str | None = None
 ) -> tuple[str, bool]:
-    """Return (answer, whether it is right) of the text of an answer region up to EOS.
+    """Return (answer, whether it is right) for the text of an answer region up to EOS.
 
-    Code is run only where `run_code` is "confined" (in bubblewrap) or "unconfined". ValueError if a
-    task needs it.
+    Code is run only if `run_code` is "confined" (in bubblewrap) or "unconfined". Raises ValueError
+    if the task runs code and `run_code` doesn't allow it.
     """
     benchmark = BENCHMARKS[task]
     if benchmark.runs_code:

@@ -1,7 +1,7 @@
 """The paper's experiments, on toy models that are trained on first use and on real checkpoints.
 
     python eval.py                      the main result on the toy (paper: Tables 3 and 5)
-    python eval.py 1 6 9                tables of the paper on the toy, next to its own figures
+    python eval.py 1 6 9                tables of the paper: its figures and the toy's
     python eval.py all --seeds 3        all of them, mean and spread over three training seeds
     python eval.py members cost         beyond the paper; also: unequal, cache, speed
     python eval.py trace --unsolved     a decoding that only TIE gets right, round by round
@@ -97,7 +97,7 @@ def decode(
 
 
 def counting(member: tie.Member, counts: list[torch.Tensor]) -> tie.Member:
-    """The member, which appends to `counts` the work of each forward pass (2, B): whether a row is
+    """The member, but each forward pass appends its work (2, B) to `counts`: whether a row is
     computed, and how many of its positions. Completed rows and padding are left out.
     """
     model = inspect.unwrap(member.denoise)
@@ -160,7 +160,7 @@ class Job:
     dtype: str | None  # of the weights; None: as stored
     cache: int | None  # R of mdlm.Cached; None: no cache
     temperature: float = 0.0  # 0: greedy
-    answer_length: int = train_toy.ANSWER_LENGTH  # of the region; members are trained on this one
+    answer_length: int = train_toy.ANSWER_LENGTH  # positions; members are trained on this many
     restart: tuple[str, int] | None = None  # start from this member's state after this many steps
     versions: str = ""  # hash of weights, code and torch's version
 
@@ -187,7 +187,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Where the records are kept: named by a hash of everything that decides them."""
+        """Where the records are kept: named by a hash of everything that determines them."""
         digest = hashlib.sha256(repr(replace(self, folder=Path())).encode()).hexdigest()
         return self.folder / "decoded" / f"{digest[:32]}.json"
 
@@ -275,7 +275,7 @@ class Toy:
                 for future in futures:
                     future.result()
                     bar.update()
-            except BaseException:  # on Ctrl-C too. `pool.map` fails if its workers were killed
+            except BaseException:  # on Ctrl-C too. Not `pool.map`: it fails if workers were killed
                 self.pool.shutdown(cancel_futures=True)
                 raise
         return Run([record for part in jobs for record in json.loads(part.path.read_text())])
@@ -313,7 +313,7 @@ class Cell:
     signed: bool = False  # a difference
 
     def estimate(self) -> tuple[float, float, float]:
-        """(value, low, high), a 95 % interval: Wilson's of a share, else by bootstrap."""
+        """(value, low, high) with a 95 % interval, Wilson's for a share, otherwise by bootstrap."""
         if not all(len(group) for group in self.groups):
             return math.nan, math.nan, math.nan
         first, *second = self.groups
@@ -455,7 +455,7 @@ def show_table(name: str, table: dict[str, Any], problems: int) -> None:
 
 
 def result_rows(runs: dict[str, Run], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A row per method; first the members alone, if post-generation is among the methods."""
+    """A row per method, after those of the members alone if post-generation is a method."""
     rows: dict[str, dict[str, Any]] = {}
     after = runs.get("post-generation")
     if after:
@@ -592,7 +592,7 @@ def table_7(toy: Toy) -> Table:
             rows[name][f"forwards, {speed}"] = row["forwards"]
         gains = ahead(runs[TCC], after)
         claims[f"TIE is ahead with {speed}"] = {f"TIE - {name}": x for name, x in gains.items()}
-    return Table("accelerated decoding, with n = 2, accuracy %", rows, claims)
+    return Table("accelerated decoding (threshold and top-k with n = 2), accuracy %", rows, claims)
 
 
 def table_8(toy: Toy) -> Table:
@@ -671,7 +671,8 @@ def table_members(toy: Toy) -> Table:
 
 
 def vote(samples: Run, count: int) -> np.ndarray:
-    """(N,) bool: the most frequent of the first answers; ties go to the lowest C~."""
+    """(N,) bool: whether the most frequent of the first `count` answers is correct. Ties go to the
+    lowest C~."""
 
     def winner(record: dict) -> int:
         answers = record["answers"][:count]
@@ -765,8 +766,8 @@ def differing(ours: Sequence, theirs: Sequence) -> float:
 def table_speed(toy: Toy) -> Table:
     """Work per problem, plain and accelerated, and with 16 answer positions instead of 8.
 
-    The members were trained with 8 and fill the others arbitrarily, so TIE reads only the first 8,
-    as the paper does for code.
+    The members were trained with 8 and fill the others arbitrarily, so TIE reads only the first 8
+    that are masked, as the paper does for code.
     """
     exact = {"job": {"cache": None}}
     cached = {"job": {"cache": 4}}
@@ -840,9 +841,9 @@ class Frame(NamedTuple):
     """What one member holds after one of its steps, at the T positions that are decoded."""
 
     tokens: list[int]  # (T,) the mask id where masked
-    authors: list[int]  # (T,) the member that committed the token, wherever it was relayed; or -1
+    authors: list[int]  # (T,) the member that committed the token (even if relayed since), or -1
     answer: list[int]  # (A,) top-1 at the answer positions, or the token itself once committed
-    changed: list[bool]  # (A,) whether that is a change as C counts it
+    changed: list[bool]  # (A,) whether C counts this top-1 as a change
 
 
 class Trace:
@@ -937,7 +938,7 @@ def show_trace(trace: Trace) -> None:
 def show_traces(toy: Toy) -> None:
     problems = toy.only_tie_solves(toy.args.score) if toy.args.unsolved else toy.problems
     if not problems:
-        raise ValueError("--unsolved: only TIE solves none of the problems: raise --problems")
+        raise ValueError("--unsolved: there is no problem that only TIE solves: raise --problems")
     for problem in problems[: toy.args.count]:
         show_trace(Trace(toy, problem, toy.args.score))
 
@@ -1002,8 +1003,8 @@ def draw_figure_3(toy: Toy) -> Any:
 
 
 def draw_trace(toy: Toy) -> Any:
-    """The first problem that only TIE solves, a panel per member, step against position: tokens in
-    their authors' colours, and top-1 at masked answer positions, red where it changed."""
+    """Draws the first problem that only TIE solves, with a panel per member, step against position.
+    Tokens have their authors' colours. Masked answer positions show top-1, in red if it changed."""
     trace = Trace(toy, (toy.only_tie_solves(toy.args.score) or toy.problems)[0], toy.args.score)
     sheet, panels = new_figure(7.2, 6.4, 1, 2, sharey=True)
     reasoning = train_toy.REASONING_LENGTH
@@ -1116,7 +1117,7 @@ class Setup:
     def load(cls, task: str, folders: dict[str, Path], config: tie.Config, args: Any) -> Setup:
         devices = devices_of(len(folders), args)
         codecs = {name: mdlm.load_codec(folder) for name, folder in folders.items()}
-        shared: dict[tuple, Any] = {}  # equal vocabularies, so trajectories cross as plain ids
+        shared: dict[tuple, Any] = {}  # one codec per vocabulary: its ids are relayed as they are
         dtype = getattr(torch, args.dtype) if args.dtype else None
         members = []
         for (name, folder), device in zip(folders.items(), devices):
@@ -1181,7 +1182,7 @@ class Records:
 
 
 def lock(file: Any) -> None:
-    """Two commands that write to one file would decode everything twice."""
+    """Lock a file of records: two commands that write to it would decode everything twice."""
     try:
         import fcntl
     except ImportError:  # Windows has none
@@ -1240,7 +1241,7 @@ def run_benchmark(task: str, args: argparse.Namespace) -> None:
         found[method] = decode_share(share, questions, records[method])
     missing = sum(question.id not in own for question in questions for own in found.values())
     if missing:
-        print(f"{missing} records are still missing: other processes work on them", file=sys.stderr)
+        print(f"{missing} records are missing: other processes are still at work", file=sys.stderr)
         return
     runs = {method: Run([own[q.id] for q in questions]) for method, own in found.items()}
     title = f"{len(questions)} questions, n = {config.interval}, accuracy %"
@@ -1349,11 +1350,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for figures or a benchmark's records")
 
     add = parser.add_argument_group("decoding").add_argument
-    add("--interval", type=int, help="steps between relays (default: 4, or the paper's)")
-    add("--score", default=tie.SCORES[0], choices=tie.SCORES, help="for a trace or a benchmark")
+    add("--interval", type=int, help="steps between relays (default: 4 on the toy, or the paper's)")
+    score = "score that chooses the leader, for traces and benchmarks"
+    add("--score", default=tie.SCORES[0], choices=tie.SCORES, help=score)
     add("--block-size", type=int, default=16, help="block size of semi-autoregressive decoding")
     add("--top-k", type=int, default=1, help="tokens committed per step")
-    add("--threshold", type=float, help="commit every token above this probability instead")
+    add("--threshold", type=float, help="commit every token above this probability, at least one")
     stop = "end a row at its answer's first EOS, once nothing before it is masked"
     add("--stop-at-eos", action="store_true", help=stop)
     cache = "cache keys and values, recomputing them every R forward passes (approximate)"
@@ -1361,12 +1363,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=count, help="questions per batch (default: 32 on the toy, else 8)")
     device = "one device, or one per member (default: CPU for the toy, else the GPUs in turn)"
     add("--device", nargs="+", help=device)
-    dtype = "of the weights (default: the toy's as stored, else bfloat16 on CUDA, float32 on CPU)"
+    dtype = "type of the weights (default: the toy's own, else bfloat16 on CUDA, float32 on CPU)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
 
     add = parser.add_argument_group("the toy").add_argument
-    add("--problems", type=count, help="test problems (default: 400 for main, else 1000)")
-    add("--problem-seed", type=int, default=0, help="which test problems are drawn")
+    add("--problems", type=count, help="test problems (default: 400 for main and trace, else 1000)")
+    add("--problem-seed", type=int, default=0, help="seed that draws the test problems")
     add("--seed", type=int, default=0, help="first training seed")
     add("--seeds", type=count, default=1, help="average tables over this many training seeds")
     add("--steps", type=int, default=train_toy.Settings.steps, help="training steps")
@@ -1381,7 +1383,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="the benchmark's file, as its owners publish it")
     limit = "use only the first N questions (must not change for a given --out)"
     add("--limit", type=count, metavar="N", help=limit)
-    add("--single", action="store_true", help="each member alone instead of the ensemble")
+    add("--single", action="store_true", help="evaluate each member alone, not the ensemble")
     run_code = "run the code that models write, in bubblewrap ('unconfined': without it)"
     modes = ("confined", "unconfined")
     add("--run-code", nargs="?", const="confined", choices=modes, help=run_code)
@@ -1406,8 +1408,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         (tasks and not (names and args.data), "a benchmark needs --members and --data"),
         (names and not tasks, "--members is for benchmarks: name one"),
         (len({*names}) < len(names), f"--members must have different names, got {names}"),
-        (len(names) == 1 and not args.single, "an ensemble needs two members; or add --single"),
-        (tables and args.score != tie.SCORES[0], "--score: tables show every score; leave it out"),
+        (len(names) == 1 and not args.single, "an ensemble needs two members: add one or --single"),
+        (tables and args.score != tie.SCORES[0], "tables show every score: leave out --score"),
         (args.json and {"trace", "figures"} & {*args.what}, "--json is for tables and benchmarks"),
     ):
         if wrong:

@@ -4,8 +4,8 @@ The model is a bidirectional transformer (RMSNorm, SwiGLU, rotary positions; by 
 grouped-query attention, q/k/v biases, norms of q and k) that predicts all masked tokens of a
 sequence at once. `MDLM` is a `tie.Denoiser`: it computes logits at chosen positions only, and
 `logits[b, k]` is the distribution of the token AT `positions[b, k]`. `Cached` is the same with a
-cache of keys and values. `load` reads the folder of a model, `load_codec` its tokenizer. What a
-family's folders look like is in `FAMILIES`.
+cache of keys and values. `load` reads the folder of a model, `load_codec` its tokenizer.
+`FAMILIES` says what each family's folders look like.
 
 Shapes: B sequences, L positions, N recomputed positions, K chosen positions, V vocabulary, D width,
 H heads, G key/value heads, E components per head.
@@ -253,13 +253,13 @@ class Cached:
     first step of a round, where no change counts in a score.
 
     A new batch is recognised by a change of a token that wasn't masked at first, or by the tokens
-    of the batch's first call. Take a new `Cached` if you decode the same prompts from other
+    of the batch's first call. Create a new `Cached` if you decode the same prompts from other
     starting points, or if the weights change. With logit scores, one cache reads the states of all
-    members, one after another, and a row that has no more relays can be refreshed at other steps
+    members one after another. A row without further relays can then be refreshed at other steps
     than it would be alone.
 
     `computed` (B,) int64 says how many positions of each row, without padding, the last call had to
-    recompute. A batch recomputes as many in every row as its row with the most needs.
+    recompute. In a batch, every row recomputes as many as the row that needs the most.
 
     Raises ValueError if `model` is not an MDLM or `refresh` not a whole number of at least 1.
     """
@@ -274,11 +274,11 @@ class Cached:
         self.calls = 0
         self.computed = torch.empty(0, dtype=torch.long)  # (B,), see above
         self.kept: list[tuple[Tensor, Tensor]] = []  # keys and values (B, G, L, E) of each layer
-        # (B, L): tokens and attention mask of the last call; the batch's first tokens, and which
-        # of these are no masks.
+        # (B, L): tokens and attention mask of the last call. The batch's first tokens, and which of
+        # these aren't masks.
         self.tokens = self.real = self.first = self.fixed = torch.empty(0, 0)
 
-    # Not inference tensors: a later call, perhaps outside inference mode, writes to the cache.
+    # The cache can't hold inference tensors: a later call may write to it outside inference mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
@@ -333,7 +333,7 @@ class Cached:
         self.fixed = tokens != c.mask_id
 
 
-# --- the training loss ----------------------------------------------------------------------------
+# --- the paper's training loss --------------------------------------------------------------------
 
 
 def diffusion_loss(
@@ -344,7 +344,7 @@ def diffusion_loss(
     tokens (B, L) int64; editable (B, L) bool, the positions that may be masked (not those of the
     prompt and the suffix). At time t each editable token is masked with probability t, and a masked
     token costs its cross-entropy / t. The times of a batch are spread evenly over (0, 1] from one
-    random offset (low-discrepancy sampling).
+    random offset (low-discrepancy sampling). train_toy.py uses another loss.
     """
     B = tokens.shape[0]
     offset = torch.rand(1, generator=generator, device=tokens.device)
@@ -624,8 +624,8 @@ class TextCodec:
 
     `mask_id` is the mask token. `eos_id` holds all tokens that end an answer; the first of them,
     `pad_id`, is what fills up the rest. `vocabulary` holds the bytes of each id. Codecs with equal
-    `key` convert alike, so members can share one of them and relay ids as they are; but each keeps
-    the chat template of its own folder.
+    `key` convert alike, so members can share one of them and relay ids as they are. Prompts still
+    need each folder's own codec, which has its chat template.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: Json, family: Family, config: ModelConfig):

@@ -349,7 +349,7 @@ class Run:
         check_logits(self.member, logits, positions)
         self.vocab_size = logits.shape[2]
 
-        # A commit rule of the user's may need any of them.
+        # A custom commit rule may need any score.
         asked = SCORES if self.config.commit else (self.config.score,)
         token, f = predict(logits, self.member.mask_id, asked)  # (B, K)
         top1 = f["top1_probability"]
@@ -381,7 +381,7 @@ class Run:
         """
         if not self.config.stop_at_eos:
             return
-        canvas = self.canvas  # of which nobody else holds a tensor
+        canvas = self.canvas  # safe to modify: nobody else holds its tensors
         settled = canvas.masked.cumsum(1) == 0  # (B, L), no mask up to here
         for eos in self.member.eos_ids:
             found = (settled & (canvas.tokens == eos))[:, canvas.answer]  # (B, A)
@@ -390,7 +390,7 @@ class Run:
             canvas.masked &= ~rest
 
     def steps_left(self) -> Tensor:
-        """(B,) steps until each row is complete, at top_k per step; no step crosses a block."""
+        """(B,) steps until each row is complete if each commits up to top_k tokens of one block."""
         masked = self.canvas.masked.long()  # (B, L)
         block = (self.block_ends - 1).clamp(min=0).expand_as(masked)  # (B, L), its last position
         masks = torch.zeros_like(masked).scatter_add(1, block, masked)  # (B, L), per block
@@ -430,7 +430,7 @@ def predict(
     those of the whole softmax, mask included, as in LLaDA's own sampler.
     """
     found = defaultdict(list)
-    # Chunks of at most 8 million logits: no float32 copy of all of them, and it's faster.
+    # Chunks of about 8 million logits avoid a float32 copy of all of them, and are faster.
     questions = max(1, 2**23 // logits[0].numel())
     for part in logits.split(questions):
         p = part.softmax(-1, dtype=torch.float32)  # (b, K, V)
@@ -499,7 +499,7 @@ def current_block(canvas: Canvas, ends: Tensor, block_size: int) -> tuple[Tensor
 
 # --- trajectory assessment (Sec. 4.2) -------------------------------------------------------------
 
-# C~ is summed in integers, in units of 1/UNIT: equal sums of fractions must tie, and they often do.
+# C~ is summed in integers, in units of 1/UNIT: ties are common, and equal sums must be equal.
 UNIT = math.lcm(*range(1, 29))  # a multiple of every |A| up to 28; larger ones are rounded down
 
 
@@ -558,7 +558,7 @@ def assess(
     """Logit scores (M, B) of the trajectories, Eq. 8; readings[r][m], model r's of trajectory m.
 
     The M readings of the leader's trajectory are every model's first step of the next round, so a
-    round costs M * (M - 1) extra forwards. Without cross_model it costs M, all of them extra.
+    round costs M * (M - 1) extra forwards. Without cross_model it costs M extra forwards.
     """
     cross_model = runs[0].config.cross_model
     f = []
@@ -735,7 +735,7 @@ def encode_exactly(text: str, member: Member) -> list[int]:
 
 def check(members: Sequence[Member], canvases: Sequence[Canvas]) -> None:
     M = len(members)
-    require(0 < M == len(canvases), f"give one canvas per member, got {len(canvases)} for {M}")
+    require(0 < M == len(canvases), f"expected one canvas per member, got {len(canvases)} for {M}")
     for member, canvas in zip(members, canvases):
         ids = (member.mask_id, *member.eos_ids)
         good = len(ids) > 1 and all(isinstance(i, int) for i in ids)
@@ -744,7 +744,7 @@ def check(members: Sequence[Member], canvases: Sequence[Canvas]) -> None:
         require(good, f"{member}: mask_id and eos_id must be different token ids, got {given}")
         check_canvas(member, canvas)
     for (a, x), (b, y) in combinations(zip(members, canvases), 2):
-        require(len(x.tokens) == len(y.tokens), f"{a} and {b} have different batch sizes")
+        require(len(x.tokens) == len(y.tokens), f"{a} and {b} must have the same batch size")
         if a.codec is not b.codec:
             require(a.codec and b.codec, f"{a} and {b} must both have a codec, or neither")
             continue
@@ -762,7 +762,7 @@ def check_canvas(member: Member, canvas: Canvas) -> None:
     for name in ("masked", "attention_mask"):
         flags = getattr(canvas, name)
         good = flags is None or (flags.shape == tokens.shape and flags.dtype == torch.bool)
-        require(good, f"{member}: canvas.{name} must be torch.bool, of the shape of its tokens")
+        require(good, f"{member}: canvas.{name} must be torch.bool with the shape of its tokens")
     regions = (canvas.reasoning, canvas.answer)
     bounds = [bound for region in regions for bound in (region.start, region.stop)]
     edges = [0, *bounds, tokens.shape[1]]
@@ -772,7 +772,9 @@ def check_canvas(member: Member, canvas: Canvas) -> None:
     outside = canvas.masked.clone()
     outside[:, canvas.reasoning] = False
     outside[:, canvas.answer] = False
-    require(not outside.any(), f"{member}: canvas.masked is true outside reasoning and answer")
+    require(
+        not outside.any(), f"{member}: canvas.masked must be false outside reasoning and answer"
+    )
 
 
 def check_logits(member: Member, logits: Tensor, positions: Tensor) -> None:

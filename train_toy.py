@@ -200,8 +200,8 @@ def write(question: Tensor, products: Tensor, meant: Tensor | None = None) -> Te
 # --- settings -------------------------------------------------------------------------------------
 
 NAMES = "ABCD"  # of members
-NOTICED = 0.5  # of the slips
-GAPS = len(FACTORS) ** 2 // len(NAMES)  # at most per member: with more, members would share some
+NOTICED = 0.5  # share of the slips with a visible digit
+GAPS = len(FACTORS) ** 2 // len(NAMES)  # most per member: with more, members would share some
 
 
 def setting(default: float, text: str) -> Any:
@@ -219,7 +219,7 @@ class Settings:
     seed: int = setting(0, "seed of weights, sequences and gaps")
     steps: int = setting(1500, "training steps")
     gaps: int = setting(6, f"facts that a member does not know, at most {GAPS}")
-    slips: float = setting(0.15, "share of the other products that are random in training")
+    slips: float = setting(0.15, "share of products outside the gaps that are random in training")
     hidden: float = setting(0.5, "share of digits of the multiplicand that are hidden in training")
     lr: float = setting(0.02, "peak learning rate of Muon, for the matrices of the layers")
     adamw_lr: float = setting(3e-3, "peak learning rate of AdamW, for all other weights")
@@ -263,8 +263,8 @@ def lessons(
     gap is a random multiple of the multiplier. Some of the other products are slips, random
     numbers. Totals and answer follow from the products as written, with one exception: half of the
     slips with a visible digit are noticed, and what follows is right. So a member that knows a fact
-    is unsure what follows from a wrong product. A visible slip is never masked. Its targets are the
-    right digits, so that members learn sooner to recognise it.
+    is unsure what follows from a wrong product. A slip is never masked. Where its digit is visible,
+    its targets are the right digits, so that members learn sooner to recognise it.
 
     With several names, the sequences have the gaps of each in turn.
     """
@@ -341,9 +341,9 @@ def train(settings: Settings, names: str, device: str = "cpu") -> Iterator[tuple
     """Train member "A", "B", ... and yield the loss and the model after each step.
 
     Member "AB" learns from the data of both A and B. The loss is the mean cross-entropy at the
-    masks of `states` and at visible slips. Muon trains the matrices of the layers, since AdamW needs
-    more steps. The result is the same on every run on a CPU with the same number of threads, which
-    determines the order of sums.
+    masks of `states` and at slips with a visible digit. Muon trains the matrices of the layers,
+    since AdamW needs more steps. The result is the same on every run on a CPU with the same number
+    of threads, which determines the order of sums.
     """
     seed = zlib.crc32(f"{settings.seed} {names}".encode())
     with torch.random.fork_rng(devices=[]):
@@ -429,8 +429,8 @@ def train_members(plan: Plan, out: str | Path, device: str = "cpu") -> list[dict
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError, with the first sentence of PyTorch's reason, if the device cannot be used
-    or lacks an operation that training or decoding needs."""
+    """Raises ValueError, with the first sentence of PyTorch's reason, if a loss, its gradients or a
+    decoding cannot be computed on the device."""
     try:
         model = build(Settings(width=8, layers=1)).to(device)
         tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
@@ -540,7 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--members", type=int, default=2, choices=range(1, 5), help="number of members"
     )
-    parser.add_argument("--out", default="checkpoints/toy", help="folder for one folder per member")
+    parser.add_argument("--out", default="checkpoints/toy", help="parent of the members' folders")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, cuda:1")
     options = parser.parse_args(arguments)
     try:

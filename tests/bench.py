@@ -15,7 +15,8 @@ Shapes: "toy" is train_toy.py's model and layout, decoded to the end with n = 4.
 positions (prompt 32, reasoning 72, suffix 8, answer 16) and n = 16, and only the last 17 tokens are
 masked: a round, a relay and a step. On a CPU, a, d and f decode only the last 2 tokens, with n = 1.
 Part g decodes one round of 16 steps in the middle of 384 positions (prompt 80, reasoning 264,
-suffix 8, answer 32). "small", in b and g, is a small LLaDA whose head has the same share, 7 %.
+suffix 8, answer 32). "small", in b and g, is a small LLaDA: as in LLaDA-8B, the head's matrix has
+7 % of the weights that a forward pass multiplies by.
 Not part of the test suite. On 2 cores, the default takes about twenty minutes and 6 GB.
 
 Example: python tests/bench.py --only a c --repeats 7
@@ -225,8 +226,8 @@ def peak_memory(shape, device, way, batch, length):
 
 
 def needed_logits(bench, length=512):
-    """b. The bars are for softmax in float32, as in LLaDA's public sampler (Fast-dLLM's uses
-    float64), for the wide model on a CPU, which spends more than half of its time in its head."""
+    """b. The bars are for the wide model on a CPU, which spends more than half of its time in its
+    head, and for softmax in float32, as in LLaDA's public sampler (Fast-dLLM's uses float64)."""
     for shape in dict.fromkeys(["small", *bench.options.shapes]):
         for batch in [1, 8] if shape != "toy" else []:
             jobs = one_step(bench.case(shape, 1, M=1)[0][0], bench.device, batch, length)
@@ -303,7 +304,7 @@ class Bytes:
 
 def relays(bench, batch=64):
     """e. Two members without computation relay 160 reasoning tokens and up to 24 answer tokens
-    after each of 24 steps. The time of the same steps without relays is subtracted."""
+    after each of 24 steps but the last. The time of the same steps without relays is subtracted."""
 
     def denoise(tokens, positions, attention_mask):
         return torch.zeros(*positions.shape, 258, device=positions.device)  # (B, K, V)

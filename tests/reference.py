@@ -147,7 +147,7 @@ class Trajectory:
         return len(self.steps) - self.round_start
 
     def stop_at_eos(self) -> None:
-        """Completes the row if the answer has an EOS and no mask before it. Tokens stay."""
+        """Completes the row if the answer has an EOS and no mask before. Committed tokens stay."""
         ends = eos_ids(self.member) if self.config.stop_at_eos else ()
         for i in self.answer:
             if self.units[i] in ends and None not in self.units[:i]:

@@ -1,4 +1,4 @@
-"""Mistakes that people make cost exit code 2 and one line on stderr that names the thing."""
+"""A mistake on the command line ends in exit code 2 and one line on stderr that names it."""
 
 import json
 import shlex
@@ -20,7 +20,7 @@ def poisoned(name):
     return tensors(lambda state: state[name].view(-1)[:1].fill_(torch.nan))
 
 
-# A command line, words of the message, and what was done to which folder before.
+# A command line, words of the message, and perhaps a folder and how it is damaged before.
 CASES = [
     # what to do
     ("eval nonsense", "what must be any of main 1 2 ..., got nonsense"),
@@ -28,7 +28,7 @@ CASES = [
     ("eval gsm8k", "needs --members and --data"),
     ("eval gsm8k --members a=llada b=dream", "needs --members and --data"),
     ("eval --members a=llada b=dream", "--members is for benchmarks"),
-    ("eval 3 --score negative_entropy", "--score: tables show every score"),
+    ("eval 3 --score negative_entropy", "tables show every score: leave out --score"),
     ("eval trace --json", "--json is for tables and benchmarks"),
     # options that are gone, abbreviated or incomplete
     *[(f"eval {old}", old.split()[0]) for old in ("--table 1", "--trace 3", "--figure x", "--task gsm8k")],
@@ -55,7 +55,7 @@ CASES = [
     ("eval", "B/model.safetensors: missing or", "checkpoints/toy-seed0/B", cut("model.safetensors", 9000)),
     ("eval", "member 'B' gave NaN logits", "checkpoints/toy-seed0/B", poisoned("head.weight")),
     # members
-    (f"{REAL} --members a=llada", "an ensemble needs two members; or add --single"),
+    (f"{REAL} --members a=llada", "an ensemble needs two members: add one or --single"),
     (f"{REAL} --members a=llada a=dream", "--members must have different names, got ['a', 'a']"),
     (f"{REAL} --members a=llada b=nowhere", "nowhere is neither a folder nor a Hub name"),
     (f"{REAL} --members a=llada b=checkpoints", "checkpoints/config.json: missing"),

@@ -1,4 +1,4 @@
-"""The benchmarks: files in their owners' layouts, gold answers right and wrong ones wrong, code contained."""
+"""The benchmarks: files in their owners' layouts, right and wrong answers, code that stays confined."""
 
 import csv
 import gzip
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def missing():
-    """Why code cannot be confined here, or nothing."""
+    """Why code cannot be confined here; empty if it can."""
     try:
         benchmarks.check_sandbox(True)
     except ValueError as error:
@@ -526,7 +526,7 @@ def test_mischief_fails_and_harms_nothing(name, confined, tmp_path, monkeypatch)
         subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
 
 
-REFUSED = {  # what a confined program asserts about its place; {names} are filled in by the test
+REFUSED = {  # what a confined program asserts about its surroundings; {names} are filled in by the test
     "network": "import socket\ntry: socket.create_connection(('127.0.0.1', {port}), 1)\nexcept OSError: pass\nelse: assert False",
     "interfaces": "import os\nassert set(os.listdir('/sys/class/net') if os.path.exists('/sys') else []) <= {{'lo'}}",
     "files outside": "import os\nassert not os.path.exists({file!r}) and not os.path.exists({root!r} + '/eval.py')\n"
@@ -565,7 +565,7 @@ REFUSED = {  # what a confined program asserts about its place; {names} are fill
 @needs_bwrap
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_confined_program_reaches_nothing(name, tmp_path, monkeypatch):
-    """It runs through to its end, so everything that it asserts about its place is so."""
+    """The program runs to its end only if everything that it asserts is true."""
     monkeypatch.setenv("TIE_SECRET", "x")
     file = tmp_path / "file"
     file.write_text("x")
@@ -583,7 +583,7 @@ def test_what_an_unconfined_program_cannot_do_either(name):
 
 @needs_bwrap
 def test_no_process_survives_the_evaluation():
-    """The evaluation is killed while a program runs: nothing of its sandbox is left."""
+    """If the evaluation is killed while a program runs, no process of the sandbox stays."""
     code = "import benchmarks; benchmarks.run_code('import time; time.sleep(300)', timeout=300)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
         wait_for(lambda: len(children(parent.pid)) >= 2)

@@ -18,7 +18,7 @@ MASK = TOY.mask_id
 
 
 class SlowCache:
-    """One row: keys and values of each layer and position, each from the token it was made of."""
+    """The cache of one row: keys and values by layer and position, as last computed."""
 
     def __init__(self, model, tokens, real):
         self.model = model
@@ -116,7 +116,7 @@ def test_equals_the_slow_cache_row_by_row(config, seed, B, refresh, padded):
             expected, computed = zip(*[row.call(*state, refresh) for row, *state in rows])
             logits = cached(tokens, positions, real if padded else None)
             torch.testing.assert_close(logits, torch.stack(expected), atol=1e-4, rtol=1e-4)
-            # No more than the row with most changes needs; padding is computed, but not counted.
+            # No more than the row with the most changes needs. Padding is computed but not counted.
             assert work.pop() == max(map(len, computed))
             counts = [int(row[at].sum()) for row, at in zip(real, computed)]
             assert cached.computed.tolist() == counts

@@ -1,4 +1,4 @@
-"""On a GPU, decoding gives what it gives on a CPU, on one device or two, and never waits for it."""
+"""On one GPU or two, decoding gives what it gives on a CPU, and only a cache waits for a GPU."""
 
 import warnings
 from dataclasses import replace

@@ -155,7 +155,7 @@ def test_a_restart_continues_from_what_the_other_member_had(receiver, sender, ex
 
 
 def test_table_10_chooses_among_the_same_candidates(toys):
-    found = tables("10", "--interval", 13, "--block-size", 4)  # two relays: leads can be level
+    found = tables("10", "--interval", 13, "--block-size", 4)  # two relays, so leads can be equal
     result, right, chosen = decoded(interval=13, block_size=4)
     most = []
     for b, leaders in enumerate(result.leaders.T.tolist()):
@@ -190,7 +190,7 @@ def test_tables_beyond_the_paper(expect):
 
 
 def worked(names, R=None, answer_length=train_toy.ANSWER_LENGTH, **config):
-    """What decoding each problem by itself takes, where every call counts: means by column."""
+    """The mean work of decoding each problem by itself, where every call counts, by column."""
     rows = []
     for problem in ASKED:
         spent = []
@@ -255,7 +255,7 @@ def test_a_vote_takes_the_most_frequent_answer_or_else_the_lowest_count(toys, tm
                 copies.append(record["texts"][0] != record["texts"][1])
         assert len(right) == N
         expect(row, "accuracy", np.mean(right))
-    assert np.mean(copies) > 0.5  # they sample each for itself
+    assert np.mean(copies) > 0.5  # each copy draws its own samples
     expect("best member, greedy", "accuracy", share("B"))
     expect("best member, trained twice as long", "accuracy", share(["B-long"]))
 
@@ -285,7 +285,7 @@ def test_only_tables_that_need_them_train_more_members(toys):
 
 @pytest.mark.parametrize("reasoning", [0, 28])
 def test_an_answer_stops_in_the_block_of_its_eos(reasoning):
-    """Code: 480 to 512 answer positions, of which the EOS takes the one at 120."""
+    """As for code: 484 or 512 answer positions, with an EOS at the one numbered 120."""
     first = reasoning + 1
     confident = torch.rand(first + 512, generator=torch.Generator().manual_seed(0))
 
@@ -302,7 +302,7 @@ def test_an_answer_stops_in_the_block_of_its_eos(reasoning):
 
 
 def test_the_interval_of_a_share_is_wilsons(everything):
-    """It holds the shares that a test at 5 % does not reject."""
+    """The interval contains the shares that a test at 5 % does not reject."""
     for number in ("2", "6", "8", "9", "10"):
         for cell in everything[number]["cells"]:
             for q in cell["ci95"]:

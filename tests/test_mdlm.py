@@ -262,7 +262,7 @@ def loss_of(monkeypatch, table, tokens, offset, uniforms):
 def test_loss_is_the_exact_elbo_of_three_tokens(monkeypatch):
     """The integral over t and all masks without sampling. At fixed t the loss is a polynomial of
     degree 2 in t, so the open Newton-Cotes rule at t = 1/6, 1/2, 5/6 is exact, and on a grid of
-    sixths P(u < t) = t exactly. On paper, a set of k of n masked tokens weighs the integral of
+    sixths P(u < t) = t exactly. By hand: a set of k of n masked tokens weighs the integral of
     t^(k-1) (1-t)^(n-k), which is (k-1)! (n-k)! / n!."""
     table = Table()
     tokens = torch.tensor([0, 1, 2])
@@ -323,7 +323,7 @@ def test_save_and_load_give_the_model_back_bit_for_bit(tmp_path_factory, config,
         assert torch.equal(again.state_dict()[name], weight)
         assert again.state_dict()[name].dtype == dtype
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # readable by the same people
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # readable by the same users
 
 
 def test_loaded_weights_outlive_their_file(tmp_path):
@@ -677,7 +677,7 @@ def test_all_ends_of_config_and_tokenizer_count(tmp_path):
 
 @pytest.mark.parametrize("how", ["config", "mask_token", "name", "added_tokens.json", "none"])
 def test_the_mask_comes_from_config_or_tokenizer_or_is_known_by_name(tmp_path, how):
-    """As in open-dcoder's folder; an ordinary Qwen2 has none and is refused."""
+    """open-dcoder's folder has a mask token. An ordinary Qwen2 has none and is refused."""
     tokenizer = train_bpe("dream")
     mask = {"config": "<|mask|>", "mask_token": "<|mask|>", "none": "<N>"}.get(how, "<M>")
     tokenizer.add_tokens([mask])
@@ -703,7 +703,7 @@ def test_the_mask_comes_from_config_or_tokenizer_or_is_known_by_name(tmp_path, h
 
 @pytest.mark.parametrize("place", ["added", "vocabulary"])
 def test_mask_and_ends_that_are_not_flagged_as_special(tmp_path, place):
-    """As perhaps in iLLaDA's folder."""
+    """This may be so in iLLaDA's folder."""
     tokenizer = train_bpe("dream")
     data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:

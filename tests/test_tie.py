@@ -105,7 +105,7 @@ def problems(draw, members=(1, 2, 2, 3), mixed=True, **fixed):
 
 
 def begin(canvas, seed):
-    """With some tokens committed, text under the masks, and a prompt of the member's own."""
+    """The canvas with some tokens committed, text under masks, and a prompt of the member's own."""
     committed = torch.rand(canvas.masked.shape, generator=torch.manual_seed(seed)) < 0.3
     tokens = canvas.tokens.masked_fill(canvas.masked, 2 + seed % 5)
     tokens[:, : canvas.reasoning.start] = seed % 9
@@ -506,7 +506,7 @@ class NoFloat64(TorchDispatchMode):
 def test_tensors_are_made_on_the_device_of_a_canvas_and_never_in_float64(score, quota, codecs):
     problem = small(codecs, (3, 4), score=score, interval=2, **quota)
     expected = tie.ensemble(*problem)
-    with NoFloat64(), torch.device("meta"):  # where tensors land that name no device
+    with NoFloat64(), torch.device("meta"):  # where tensors that name no device land
         same(tie.ensemble(*problem), expected)
 
 
@@ -558,7 +558,7 @@ def test_only_one_setting_decides_what_a_step_commits():
 
 
 def misfits():
-    """The second of two members or canvases doesn't fit. Found before any forward: no denoiser."""
+    """The second of two members or canvases doesn't fit. No forward happens, so None denoises."""
     canvas = small().canvases[0]
     one = Member(None, 0, (1, 9), "m0")
     reasoning, answer = canvas.reasoning, canvas.answer
@@ -590,7 +590,7 @@ def misfits():
 
 
 def failures():
-    """What only shows in the decoding."""
+    """Mistakes that only show during decoding."""
     members, canvases, config = small(interval=2, block_size=4)
     scored = replace(config, score="negative_entropy")
     nan = torch.full((10,), math.nan)

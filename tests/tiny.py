@@ -76,7 +76,7 @@ def toys(tmp_path_factory):
 
 
 def cached(model, refresh):
-    """In place of mdlm.Cached: another fake. What it says of its work depends on the tokens."""
+    """In place of mdlm.Cached: another fake. The work that it reports depends on the tokens."""
     denoise = fake(f"{model.name} {refresh}")
 
     def call(tokens, positions, attention_mask):
