@@ -337,25 +337,29 @@ def build(settings: Settings) -> mdlm.MDLM:
     return model
 
 
+def optimisers_of(model: mdlm.MDLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, since AdamW needs more steps; AdamW for the rest."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, settings.lr, weight_decay=0),
+        torch.optim.AdamW(others, settings.adamw_lr, betas=(0.9, 0.95)),
+    ]
+
+
 def train(settings: Settings, names: str, device: str = "cpu") -> Iterator[tuple[float, mdlm.MDLM]]:
     """Train member "A", "B", ... and yield the loss and the model after each step.
 
     Member "AB" learns from the data of both A and B. The loss is the mean cross-entropy at the
-    masks of `states` and at slips with a visible digit. Muon trains the matrices of the layers,
-    since AdamW needs more steps. The result is the same on every run on a CPU with the same number
-    of threads, which determines the order of sums.
+    masks of `states` and at slips with a visible digit. The result is the same on every run on a
+    CPU with the same number of threads, which determines the order of sums.
     """
     seed = zlib.crc32(f"{settings.seed} {names}".encode())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(settings).to(device)
     generator = torch.Generator().manual_seed(seed)
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-    optimisers = {
-        torch.optim.Muon(matrices, weight_decay=0): settings.lr,
-        torch.optim.AdamW(others, betas=(0.9, 0.95)): settings.adamw_lr,
-    }
+    optimisers = optimisers_of(model, settings)
     asked = torch.arange(PROMPT_LENGTH, LENGTH, device=device)  # nothing else is learnt
     for step in range(settings.steps):
         batch = lessons(settings, names, generator)
@@ -368,8 +372,8 @@ def train(settings: Settings, names: str, device: str = "cpu") -> Iterator[tuple
         loss.backward()
         warmup = min(1, (step + 1) / WARMUP)
         rate = warmup * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        for optimiser, peak in optimisers.items():
-            optimiser.param_groups[0]["lr"] = peak * rate
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = optimiser.defaults["lr"] * rate
             optimiser.step()
         yield loss.item(), model
 
@@ -429,12 +433,15 @@ def train_members(plan: Plan, out: str | Path, device: str = "cpu") -> list[dict
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError, with the first sentence of PyTorch's reason, if a loss, its gradients or a
+    """Raises ValueError, with the first sentence of PyTorch's reason, if a training step or a
     decoding cannot be computed on the device."""
     try:
-        model = build(Settings(width=8, layers=1)).to(device)
+        settings = Settings(width=8, layers=1)
+        model = build(settings).to(device)
         tokens = torch.zeros(1, LENGTH, dtype=torch.int64, device=device)  # (1, L)
-        mdlm.diffusion_loss(model, tokens, tokens == 0, torch.Generator(device)).backward()
+        F.cross_entropy(model(tokens)[0], tokens[0]).backward()
+        for optimiser in optimisers_of(model, settings):
+            optimiser.step()
         member = tie.Member(model, MASK, EOS)
         tie.decode(member, canvas([Problem(905173, 6).prompt], device), tie.Config(top_k=16))
     except (RuntimeError, AssertionError) as error:
