@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import inspect
 import json
@@ -100,12 +99,11 @@ def counting(member: tie.Member, counts: list[torch.Tensor]) -> tie.Member:
     """The member, but each forward pass appends its work (2, B) to `counts`: whether a row is
     computed, and how many of its positions. Completed rows and padding are left out.
     """
-    model = inspect.unwrap(member.denoise)
 
     def denoise(tokens, positions, attention_mask):
         logits = member.denoise(tokens, positions, attention_mask)  # (B, K, V)
         real = torch.ones_like(tokens) if attention_mask is None else attention_mask  # (B, L)
-        computed = getattr(model, "computed", real.sum(1))  # (B,), fewer with mdlm.Cached
+        computed = getattr(member.denoise, "computed", real.sum(1))  # (B,), fewer with mdlm.Cached
         busy = (tokens == member.mask_id).any(1).long()  # (B,)
         counts.append(torch.stack([busy, busy * computed]))
         return logits
@@ -221,7 +219,6 @@ def sampling(denoise: tie.Denoiser, temperature: float, seed: int) -> tie.Denois
     """Gumbel noise turns the greedy choice into a sample. It also affects the unmasking order."""
     generator = torch.Generator().manual_seed(seed)
 
-    @functools.wraps(denoise, (), ())  # so that `counting` finds the model
     def noisy(tokens: torch.Tensor, positions: torch.Tensor, attention_mask: Any) -> torch.Tensor:
         logits = denoise(tokens, positions, attention_mask)  # (B, K, V)
         noise = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator)
