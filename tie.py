@@ -313,10 +313,15 @@ class Run:
         self.forwards = zeros
         self.nothing = Tally(zeros, zeros.bool(), zeros + UNSCORED)
         self.round = self.nothing
-        self.total = self.nothing  # of the model's own steps, whatever was relayed (our decision)
+        self.earlier = self.nothing  # of the rounds before
         self.next: Reading | None = None  # the next step's, if the assessment already computed it
         self.nan = zeros.any()  # () bool, whether a position that counts had NaN logits
         self.vocab_size: int | None = None  # V, once the member has given logits
+
+    @property
+    def total(self) -> Tally:
+        """Our decision: of all of the model's own steps, whatever was relayed."""
+        return self.earlier + self.round
 
     def step(self) -> None:
         """One denoising step. Completed rows stay in the batch but are not counted."""
@@ -325,9 +330,7 @@ class Run:
         compared = self.relevant & busy[:, None]  # (B, A)
         normalize = self.config.normalize
         changes = count_changes(self.answer_token, reading.answer_token, compared, normalize)
-        tally = Tally(changes, compared.any(1), reading.top1)
-        self.round += tally
-        self.total += tally
+        self.round += Tally(changes, compared.any(1), reading.top1)
         self.forwards = self.forwards + busy
         self.answer_token = reading.answer_token
         self.relevant = reading.relevant
@@ -408,6 +411,7 @@ def generate(runs: list[Run]) -> int:
     known = config.threshold is None and config.commit is None and not config.stop_at_eos
     most = [int(run.steps_left().max()) for run in runs]  # an upper bound unless known
     for run in runs:
+        run.earlier = run.total
         run.round = run.nothing
     for step in range(config.interval):
         stepped = False
