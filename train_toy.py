@@ -543,7 +543,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for f in fields(Settings):
         kind = type(f.default)
-        parser.add_argument(f"--{f.name}", type=kind, default=f.default, help=f.metadata["help"])
+        option = "--" + f.name.replace("_", "-")
+        parser.add_argument(option, type=kind, default=f.default, help=f.metadata["help"])
     parser.add_argument(
         "--members", type=int, default=2, choices=range(1, 5), help="number of members"
     )
