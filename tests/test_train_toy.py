@@ -217,6 +217,13 @@ def test_training_lowers_the_loss():
     assert start > middle + 0.3 and middle > end
 
 
+def test_training_also_corrects_visible_slips(monkeypatch):
+    unmasked = torch.zeros(16, toy.LENGTH, dtype=torch.bool)
+    monkeypatch.setattr(toy, "states", lambda batch, generator: unmasked)
+    losses = [loss for loss, _ in toy.train(replace(TINY, batch=16, steps=40), "A")]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 1
+
+
 def test_what_a_member_writes_and_how_much_of_it_is_right():
     asked = toy.problems("validation", 4)
     said = torch.tensor([p.sequence for p in asked])
