@@ -313,14 +313,14 @@ class Run:
         self.forwards = zeros
         self.nothing = Tally(zeros, zeros.bool(), zeros + UNSCORED)
         self.round = self.nothing
-        self.earlier = self.nothing  # of the rounds before
+        self.earlier = self.nothing  # the tally of all earlier rounds
         self.next: Reading | None = None  # the next step's, if the assessment already computed it
         self.nan = zeros.any()  # () bool, whether a position that counts had NaN logits
         self.vocab_size: int | None = None  # V, once the member has given logits
 
     @property
     def total(self) -> Tally:
-        """Our decision: of all of the model's own steps, whatever was relayed."""
+        """The tally of all the model's own steps, whatever was relayed (our decision)."""
         return self.earlier + self.round
 
     def step(self) -> None:

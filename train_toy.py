@@ -351,8 +351,8 @@ def train(settings: Settings, names: str, device: str = "cpu") -> Iterator[tuple
     """Train member "A", "B", ... and yield the loss and the model after each step.
 
     Member "AB" learns from the data of both A and B. The loss is the mean cross-entropy at the
-    masks of `states` and at slips with a visible digit. The result is the same on every run on a
-    CPU with the same number of threads, which determines the order of sums.
+    masks of `states` and at slips with a visible digit. Every run on the same CPU gives the same
+    member. Another CPU may add in another order, which gives another member.
     """
     seed = zlib.crc32(f"{settings.seed} {names}".encode())
     with torch.random.fork_rng(devices=[]):
